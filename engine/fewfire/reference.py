@@ -1,0 +1,158 @@
+"""The whole forward pass in plain NumPy float32: the oracle that the compiled engine is tested against.
+
+Promises the logits of every model that a `ModelConfig` can describe, over a prompt at once or continuing from
+a cache, with nothing clever in between: each formula is here once, in the order in which the papers state it.
+Knows nothing of files, quantisation, threads or sparsity, and is as slow as that sounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fewfire.config import ModelConfig, Rope
+
+Tensors = Mapping[str, np.ndarray]
+
+
+@dataclass
+class ReferenceCache:
+    """Keys (after RoPE) and values of all positions so far, per layer `(positions, n_kv_heads, head_dim)`."""
+
+    keys: dict[int, np.ndarray] = field(default_factory=dict)
+    values: dict[int, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """How many positions are in it."""
+        return len(self.keys[0]) if self.keys else 0
+
+    def extend(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Append the new positions' keys and values; return those of all positions."""
+        if layer in self.keys:
+            k, v = np.concatenate([self.keys[layer], k]), np.concatenate([self.values[layer], v])
+        self.keys[layer], self.values[layer] = k, v
+        return k, v
+
+
+def forward(
+    config: ModelConfig, tensors: Tensors, tokens: Sequence[int], cache: ReferenceCache | None = None
+) -> np.ndarray:
+    """The logits after each of `tokens`, `(T, vocab_size)`; with a cache, continuing what is in it."""
+    cache = ReferenceCache() if cache is None else cache
+    ids = np.asarray(tokens, dtype=np.int64)
+    positions = np.arange(cache.length, cache.length + len(ids))  # (T,)
+    if len(ids) == 0:
+        raise ValueError("no tokens: the forward pass needs at least one")
+    if positions[-1] >= config.max_position_embeddings:
+        raise ValueError(f"position {positions[-1]} is past the model's {config.max_position_embeddings}")
+
+    x = tensors["embed.weight"][ids].astype(np.float32) * np.float32(config.embedding_scale)  # (T, hidden)
+    if config.rope is None:
+        x = x + tensors["positions.weight"][positions]
+    for i in range(config.num_hidden_layers):
+        at = f"layers.{i}."
+        y = attention(config, tensors, i, normed(config, tensors, at + "attn_norm", x), positions, cache)
+        if config.post_norms:
+            y = normed(config, tensors, at + "attn_post_norm", y)
+        x = x + y
+        y = ffn(config, tensors, i, normed(config, tensors, at + "ffn_norm", x))
+        if config.post_norms:
+            y = normed(config, tensors, at + "ffn_post_norm", y)
+        x = x + y
+    x = normed(config, tensors, "final_norm", x)
+    return x @ tensors["embed.weight" if config.tie_word_embeddings else "head.weight"].T
+
+
+def attention(
+    config: ModelConfig,
+    tensors: Tensors,
+    layer: int,
+    x: np.ndarray,
+    positions: np.ndarray,
+    cache: ReferenceCache,
+) -> np.ndarray:
+    """Causal grouped-query attention of the new positions to all positions so far, `(T, hidden)`."""
+    at, T, head_dim = f"layers.{layer}.", len(x), config.head_dim
+    q = linear(tensors, at + "q", x).reshape(T, config.num_attention_heads, head_dim)
+    k = linear(tensors, at + "k", x).reshape(T, config.num_key_value_heads, head_dim)
+    v = linear(tensors, at + "v", x).reshape(T, config.num_key_value_heads, head_dim)
+    if config.qk_norm:
+        q = rms_norm(q, tensors[at + "q_norm.weight"], config.norm_eps)
+        k = rms_norm(k, tensors[at + "k_norm.weight"], config.norm_eps)
+    if rope := config.layer_rope(layer):
+        q, k = rotate(q, positions, rope), rotate(k, positions, rope)
+    k, v = cache.extend(layer, k, v)  # (S, n_kv_heads, head_dim)
+
+    group = config.num_attention_heads // config.num_key_value_heads  # query heads g*group.. share kv head g
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)  # (S, n_heads, head_dim)
+    q = q * np.float32(config.scale)
+    scores = np.matmul(q.transpose(1, 0, 2), k.transpose(1, 2, 0))  # (n_heads, T, S)
+    back = positions[:, None] - np.arange(len(k))[None, :]  # how far behind the query each key is
+    visible = back >= 0
+    if window := config.window(layer):
+        visible &= back < window
+    weights = softmax(np.where(visible, scores, np.float32(-np.inf)))
+    heads = np.matmul(weights, v.transpose(1, 0, 2))  # (n_heads, T, head_dim)
+    return linear(tensors, at + "o", heads.transpose(1, 0, 2).reshape(T, -1))
+
+
+def ffn(config: ModelConfig, tensors: Tensors, layer: int, x: np.ndarray) -> np.ndarray:
+    """The feed-forward block, `(T, hidden)`: neuron i is row i of gate and up and column i of down."""
+    at = f"layers.{layer}."
+    h = activate(config, linear(tensors, at + "gate", x))  # (T, intermediate)
+    if config.gated:
+        up = linear(tensors, at + "up", x)
+        h = h * (activate(config, up) if config.act_on_up else up)
+    return linear(tensors, at + "down", h)
+
+
+def activate(config: ModelConfig, x: np.ndarray) -> np.ndarray:
+    """The activation function of the FFN."""
+    match config.hidden_act:
+        case "silu":
+            return x / (1 + np.exp(-np.maximum(x, -80)))  # below -80 it is all but 0, and exp would overflow
+        case "gelu_tanh":
+            return 0.5 * x * (1 + np.tanh(np.float32(np.sqrt(2 / np.pi)) * (x + 0.044715 * x**3)))
+        case "relu":
+            return np.maximum(x, 0)
+        case "relu2":
+            return np.maximum(x, 0) ** 2
+        case "fatrelu":
+            return np.where(x > config.act_threshold, x, np.float32(0))
+
+
+def linear(tensors: Tensors, name: str, x: np.ndarray) -> np.ndarray:
+    """`W x`, plus the bias if the layer has one."""
+    y = x @ tensors[name + ".weight"].T
+    bias = tensors.get(name + ".bias")
+    return y if bias is None else y + bias
+
+
+def normed(config: ModelConfig, tensors: Tensors, name: str, x: np.ndarray) -> np.ndarray:
+    """The family's normalisation over the hidden dimension."""
+    if config.norm == "rms":
+        return rms_norm(x, tensors[name + ".weight"], config.norm_eps)
+    x = x - x.mean(axis=-1, keepdims=True)
+    return rms_norm(x, tensors[name + ".weight"], config.norm_eps) + tensors[name + ".bias"]
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """`x` over the root of its mean square, times the weight (1910.07467)."""
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * weight
+
+
+def rotate(x: np.ndarray, positions: np.ndarray, rope: Rope) -> np.ndarray:
+    """RoPE (2104.09864): turns the pair (j, j + head_dim / 2) of each head by position * frequency j."""
+    angles = positions[:, None].astype(np.float32) * rope.inverse_frequencies(x.shape[-1])
+    cos, sin = np.cos(angles)[:, None, :], np.sin(angles)[:, None, :]  # (T, 1, head_dim / 2)
+    a, b = np.split(x, 2, axis=-1)  # x: (T, heads, head_dim)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Over the last axis; shifted by the maximum so that it cannot overflow."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
