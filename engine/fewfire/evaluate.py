@@ -1,8 +1,8 @@
 """How well a model predicts a text: perplexity.
 
-The text is cut into windows that do not overlap; each is read from an empty cache, and every token of it but the
-first is scored. A model that wants a BOS token gets one at the start of each window, and then all the text's tokens
-are scored. Numbers of different windows, or of different tokenizers, are not comparable.
+The text is cut into windows that do not overlap; each is read from an empty cache, and every token of it
+but the first is scored. A model that wants a BOS token gets one at the start of each window, and then all
+the text's tokens are scored. Numbers of different windows, or of different tokenizers, are not comparable.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fewfire.errors import FewfireError
 from fewfire.generate import check_unicode
 
 if TYPE_CHECKING:
-    from fewfire.model import Model
+    from fewfire.model import Model, Session
 
 Progress = Callable[[str, int, int], None]
 _LOGITS_AT_ONCE = 2**24  # 64 MB of float32
@@ -45,7 +45,9 @@ def perplexity(
 ) -> Perplexity:
     """Scores a text, or its first `limit` tokens."""
     if isinstance(window, bool) or not isinstance(window, int) or not 2 <= window <= model.context:
-        raise ValueError(f"window must be from 2 to the model's context of {model.context} tokens, not {window!r}")
+        raise ValueError(
+            f"window must be from 2 to the model's context of {model.context} tokens, not {window!r}"
+        )
     if limit is not None and limit < 2:
         raise ValueError(f"limit must be at least 2 tokens, not {limit!r}")
     check_unicode(text, "the text")
@@ -74,13 +76,15 @@ def perplexity(
     return Perplexity(math.exp(min(nll, 700.0)), nll, scored, time.perf_counter() - start)
 
 
-def _window_nll(session, tokens: list[int]) -> float:  # type: ignore[no-untyped-def]
+def _window_nll(session: Session, tokens: list[int]) -> float:
     """Sum of -log p over all but the first of `tokens`, fed in parts so that the logits stay small."""
     part = max(16, _LOGITS_AT_ONCE // session.model.config.vocab_size)
     total = 0.0
     for at in range(0, len(tokens) - 1, part):
         fed = tokens[at : min(at + part, len(tokens) - 1)]
-        total += float(token_nll(session.feed(fed, all_logits=True), tokens[at + 1 : at + 1 + len(fed)]).sum())
+        total += float(
+            token_nll(session.feed(fed, all_logits=True), tokens[at + 1 : at + 1 + len(fed)]).sum()
+        )
     return total
 
 

@@ -1,15 +1,16 @@
 """Generation: tokens in, text out, one piece at a time.
 
-`stream` returns a `Stream`, an iterator of `Piece`s that computes a token whenever one is asked for. It promises that
-the joined pieces are `completion.text`, that a stop string never shows even in part, that what the session's cache
-holds is always what `session.tokens` says (so a stream may be dropped at any point), and that a cached prefix of the
-prompt is not computed again. Knows nothing of how a model computes, nor of printing.
+`stream` returns a `Stream`, an iterator of `Piece`s that computes a token whenever one is asked for. It
+promises that the joined pieces are `completion.text`, that a stop string never shows even in part, that
+what the session's cache holds is always what `session.tokens` says (so a stream may be dropped at any
+point), and that a cached prefix of the prompt is not computed again. Knows nothing of how a model computes,
+nor of printing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -58,8 +59,10 @@ class Stats:
 
 @dataclass(frozen=True)
 class Completion:
-    """A generated text. `finish_reason`: "stop" (the model ended, or a stop string came), "length" (`max_tokens`),
-    "context" (the model's context is full) or "cancelled" (the stream was not read to its end)."""
+    """A generated text. `finish_reason`: "stop" (the model ended, or a stop string came), "length"
+    (`max_tokens`), "context" (the model's context is full) or "cancelled" (the stream was not read to its
+    end).
+    """
 
     text: str
     token_ids: list[int]
@@ -76,7 +79,9 @@ def stream(
     stop: str | Sequence[str] = (),
     session: Session | None = None,
 ) -> Stream:
-    """Continues `prompt`. Bad arguments and a prompt that does not fit raise here, before anything is computed."""
+    """Continues `prompt`. Bad arguments and a prompt that does not fit raise here, before anything is
+    computed.
+    """
     return Stream(model, prompt_ids(model, prompt), max_tokens, sampling or Sampling(), stop, session)
 
 
@@ -90,16 +95,15 @@ def complete(
     session: Session | None = None,
 ) -> Completion:
     """`stream`, read to its end."""
-    return stream(
-        model, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, session=session
-    ).read()
+    return stream(model, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, session=session).read()
 
 
 def prompt_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
     """The tokens of a raw prompt, with the BOS token in front where the model wants one.
 
-    Special tokens written out in a text count as what they name, as in transformers and llama.cpp: the caller of a
-    raw completion writes the whole prompt. (Chat messages are encoded by the chat template, which does not do this.)
+    Special tokens written out in a text count as what they name, as in transformers and llama.cpp: the
+    caller of a raw completion writes the whole prompt. (Chat messages are encoded by the chat template,
+    which does not do this.)
     """
     config = model.config
     if isinstance(prompt, str):
@@ -112,7 +116,9 @@ def prompt_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
         ids = [int(i) for i in prompt]
         for i in ids:
             if not 0 <= i < config.vocab_size:
-                raise ValueError(f"the prompt has token id {i}, and the model has ids 0 to {config.vocab_size - 1}")
+                raise ValueError(
+                    f"the prompt has token id {i}, and the model has ids 0 to {config.vocab_size - 1}"
+                )
     if not ids:
         raise ValueError("the prompt is empty: give the model at least one word to continue")
     return ids
@@ -192,7 +198,7 @@ class Stream(Iterator[Piece]):
         )
         return Completion("".join(self._text), list(self._tokens), self._finish or "cancelled", stats)
 
-    def _run(self) -> Iterator[Piece]:  # a generator: the loop below is the whole of generation
+    def _run(self) -> Generator[Piece]:  # a generator: the loop below is the whole of generation
         session, eos = self._session, self._model.config.eos_token_ids
         history = list(self._ids)
         logits = self._feed_prompt()
@@ -222,7 +228,9 @@ class Stream(Iterator[Piece]):
             self._steps += 1
 
     def _feed_prompt(self) -> np.ndarray:
-        """Logits after the prompt, computing only what the session does not hold yet (but at least one token)."""
+        """Logits after the prompt, computing only what the session does not hold yet (but at least one
+        token).
+        """
         session, ids = self._session, self._ids
         start = time.perf_counter()
         same = common_prefix(session.tokens, ids)
@@ -232,7 +240,7 @@ class Stream(Iterator[Piece]):
         self._prompt_seconds = time.perf_counter() - start
         return logits
 
-    def _end(self, reason: FinishReason, text: str, token: int | None) -> Iterator[Piece]:
+    def _end(self, reason: FinishReason, text: str, token: int | None) -> Generator[Piece]:
         shown = self._filter.push(text)
         if self._filter.stopped:
             reason = "stop"
@@ -246,8 +254,8 @@ class Stream(Iterator[Piece]):
 class StopFilter:
     """Passes a stream of text on up to the first stop string, however the text is cut into pieces.
 
-    The first stop string to be complete counts (of several ending at the same character, the longest). Text that may
-    yet turn out to be the beginning of one is held back.
+    The first stop string to be complete counts (of several ending at the same character, the longest). Text
+    that may yet turn out to be the beginning of one is held back.
     """
 
     def __init__(self, stop: str | Sequence[str]) -> None:

@@ -1,9 +1,9 @@
 """From the logits of one position to the next token.
 
-The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p (llama.cpp filters first
-and divides by the temperature last, so the same top-p keeps a little less there). A vocabulary has up to 262,144
-entries and a small model computes a token in a few milliseconds, so nothing here sorts a whole vocabulary when a
-partial selection will do. Knows nothing of models or text.
+The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p (llama.cpp filters
+first and divides by the temperature last, so the same top-p may keep more there). A vocabulary has up to
+262,144 entries and a small model computes a token in a few milliseconds, so nothing here sorts a whole
+vocabulary when a partial selection will do. Knows nothing of models or text.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 
 from fewfire.errors import FewfireError
 
-_GREEDY_BELOW = 1e-6  # at such a temperature only ties with the best logit could be drawn, and float32 would overflow
-_FIRST_GUESS = 256  # candidates that top-p looks at before it looks at more; at usual settings they are enough
+_GREEDY_BELOW = 1e-6  # so cold only ties with the best could be drawn, and float32 would overflow
+_FIRST_GUESS = 256  # candidates that top-p looks at first; at usual settings they are enough
 _BLOCK = 512  # weights per sum when drawing
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose the next token; the defaults are greedy. Checked when made: `ValueError` says what is wrong."""
+    """How to choose the next token; the defaults are greedy. `ValueError` when made with a bad value."""
 
     temperature: float = 0.0  # 0: always the most probable token
     top_k: int = 0  # keep the k most probable; 0: all
@@ -108,8 +108,9 @@ def largest(values: np.ndarray, k: int) -> np.ndarray:
     groups = 16 * k
     if groups * 4 > n:
         return np.argpartition(values, n - k)[n - k :]
-    # The k-th largest of the maxima of disjoint groups is reached by at least k values, so whatever is smaller is
-    # out. Maxima and the comparison are vector code; only the few that are left meet the partition.
+    # The k-th largest of the maxima of disjoint groups is reached by at least k values, so whatever is
+    # smaller is out. Maxima and the comparison are vector code; only the few that are left meet the
+    # partition.
     rows = n // groups
     maxima = values[: rows * groups].reshape(rows, groups).max(axis=0)
     bound = np.partition(maxima, groups - k)[groups - k]
@@ -135,7 +136,7 @@ def _draw(weights: np.ndarray, u: float) -> int:
 
     In two levels, because one running sum over a vocabulary takes longer than its softmax.
     """
-    sums = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64)
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK)).astype(np.float64)
     edges = np.cumsum(sums)
     target = u * edges[-1]
     block = _first_over(edges, target)
@@ -151,17 +152,23 @@ def _first_over(edges: np.ndarray, target: float) -> int:
 
 def _check_finite(value: Any) -> None:
     if not math.isfinite(value):
-        raise FewfireError("the model computed no finite number for the next token: its weights may be damaged")
+        raise FewfireError(
+            "the model computed no finite number for the next token: its weights may be damaged"
+        )
 
 
 def _check_real(name: str, value: Any, *, low: float, high: float = math.inf, low_open: bool = False) -> None:
     number = isinstance(value, Real) and not isinstance(value, bool)
     if number and math.isfinite(value) and (low < value or (value == low and not low_open)) and value <= high:
         return
-    bounds = ("over " if low_open else "at least ") + f"{low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+    bounds = (
+        ("over " if low_open else "at least ")
+        + f"{low:g}"
+        + (f" and at most {high:g}" if high < math.inf else "")
+    )
     raise ValueError(f"{name} must be a number {bounds}, not {value!r}")
 
 
 def _check_int(name: str, value: Any) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 0:
         raise ValueError(f"{name} must be a whole number, 0 or more, not {value!r}")
