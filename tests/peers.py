@@ -1,0 +1,229 @@
+"""Transformers as the peer that the engine is compared with; needs the `peers` extra.
+
+Two ways to a torch model: `from_directory` lets transformers itself read a checkpoint, so that a name,
+transpose or config key which we misread shows; `transformers_model` builds one from our canonical
+tensors, so that a GGUF file, or anything else that we can read, has a peer with the very same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import transformers
+
+from fewfire.config import ModelConfig, Rope
+
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+Model = Any  # a transformers.PreTrainedModel
+
+
+class Readable(Protocol):
+    """What is needed of a `fewfire.checkpoint.Checkpoint`."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray: ...
+
+
+def logits(model: Model, ids: Sequence[int]) -> np.ndarray:
+    """The logits after each of `ids`, `(T, vocab_size)` float32."""
+    with torch.inference_mode():
+        return model(torch.tensor([list(ids)])).logits[0].float().numpy()
+
+
+def greedy(model: Model, ids: Sequence[int], n: int) -> list[int]:
+    """The `n` likeliest next tokens one after the other, whether or not they end the text."""
+    out: list[int] = []
+    feed, past = list(ids), None
+    with torch.inference_mode():
+        for _ in range(n):
+            result = model(torch.tensor([feed]), past_key_values=past, use_cache=True)
+            feed, past = [int(result.logits[0, -1].argmax())], result.past_key_values
+            out += feed
+    return out
+
+
+def from_directory(directory: Path) -> Model:
+    """Transformers' own reading of a directory; families that it lacks are patched onto a Llama."""
+    data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    kind = data["model_type"]
+    if kind not in ("sparsellama", "bamboo"):
+        return _load(transformers.AutoModelForCausalLM, directory)
+    act, threshold = data.pop("hidden_act"), data.pop("hidden_act_param", 0.0)
+    data.pop("model_type")
+    model = _load(transformers.LlamaForCausalLM, directory, transformers.LlamaConfig(**data))
+    patch_ffn(model, fatrelu(threshold) if act == "fatrelu" else torch.relu, act_on_up=kind == "bamboo")
+    return model
+
+
+def _load(cls: Any, directory: Path, config: Any = None) -> Model:
+    model, report = cls.from_pretrained(
+        directory, config=config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values()), report  # a missing tensor would be random, without a word
+    return model.eval()
+
+
+def transformers_model(checkpoint: Readable) -> Model:
+    """A float32 torch model with the weights of a checkpoint, read under their canonical names."""
+    config = checkpoint.config
+    model = _empty_model(config)
+    state = {}
+    for name in config.shapes():
+        values = checkpoint.read(name)
+        if config.post_norms and "norm" in name:
+            values = values - 1  # Gemma multiplies with 1 + w
+        if name == "positions.weight":
+            values = np.concatenate(
+                [np.zeros((2, config.hidden_size), np.float32), values]
+            )  # OPT starts at 2
+        state[hf_name(config, name)] = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state[hf_name(config, "embed.weight")]
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def hf_name(config: ModelConfig, name: str) -> str:
+    """The name of a canonical tensor in transformers' state dict."""
+    opt, gemma = config.rope is None, config.post_norms
+    names = {
+        "embed": "embed_tokens",
+        "positions": "embed_positions",
+        "final_norm": "final_layer_norm" if opt else "norm",
+        "attn_norm": "self_attn_layer_norm" if opt else "input_layernorm",
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.out_proj" if opt else "self_attn.o_proj",
+        "q_norm": "self_attn.q_norm",
+        "k_norm": "self_attn.k_norm",
+        "attn_post_norm": "post_attention_layernorm",
+        "ffn_norm": "final_layer_norm"
+        if opt
+        else "pre_feedforward_layernorm"
+        if gemma
+        else "post_attention_layernorm",
+        "ffn_post_norm": "post_feedforward_layernorm",
+        "gate": "fc1" if opt else "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "fc2" if opt else "mlp.down_proj",
+    }
+    if name == "head.weight":
+        return "lm_head.weight"
+    *layer, part, kind = name.split(".")
+    return ".".join(["model", *(["decoder"] if opt else []), *layer, names[part], kind])
+
+
+def _empty_model(config: ModelConfig) -> Model:
+    """The transformers model that computes what `config` says, with random weights."""
+    settings = transformers.AutoConfig.for_model(**_settings(config))
+    model = transformers.AutoModelForCausalLM.from_config(
+        settings, dtype=torch.float32, attn_implementation="eager"
+    )
+    if config.rope:
+        for layer in model.model.layers:
+            layer.self_attn.scaling = config.scale
+        if config.rope.factors:
+            model.model.rotary_emb.inv_freq /= torch.tensor(config.rope.factors)
+    if config.hidden_act == "fatrelu" or config.act_on_up:
+        act = fatrelu(config.act_threshold) if config.hidden_act == "fatrelu" else torch.relu
+        patch_ffn(model, act, act_on_up=config.act_on_up)
+    return model.eval()
+
+
+def _settings(config: ModelConfig) -> dict[str, Any]:
+    """A transformers config, its family chosen by the features of `config` and not by its name."""
+    acts = {"gelu_tanh": "gelu_pytorch_tanh", "fatrelu": "relu"}
+    act = acts.get(config.hidden_act, config.hidden_act)
+    settings: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if config.rope is None:
+        return settings | {
+            "model_type": "opt",
+            "ffn_dim": config.intermediate_size,
+            "word_embed_proj_dim": config.hidden_size,
+            "activation_function": act,
+        }
+    settings |= {
+        "intermediate_size": config.intermediate_size,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": act,
+        "rope_parameters": rope_parameters(config.rope),
+    }
+    windows = [bool(config.window(i)) for i in range(config.num_hidden_layers)]
+    window = {
+        "sliding_window": config.sliding_window or None,
+        "use_sliding_window": any(windows),
+        "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
+    }
+    if config.post_norms:
+        assert np.isclose(config.embedding_scale, config.hidden_size**0.5)
+        return settings | {
+            "model_type": "gemma3_text",
+            "sliding_window": config.sliding_window,
+            "layer_types": window["layer_types"],
+            "hidden_activation": act,
+            "rope_parameters": {
+                "full_attention": rope_parameters(config.rope),
+                "sliding_attention": rope_parameters(config.rope_local or config.rope),
+            },
+        }
+    if config.qk_norm:
+        return settings | window | {"model_type": "qwen3", "attention_bias": config.qkv_bias}
+    if config.qkv_bias and not config.o_bias:
+        return settings | window | {"model_type": "qwen2"}
+    if any(windows):
+        assert all(windows)
+        return settings | {"model_type": "mistral", "sliding_window": config.sliding_window}
+    return settings | {"model_type": "llama", "attention_bias": config.qkv_bias, "mlp_bias": config.ffn_bias}
+
+
+def rope_parameters(rope: Rope) -> dict[str, Any]:
+    """A Rope as transformers 5 spells it. Explicit factors have no spelling: divide `inv_freq` afterwards."""
+    if rope.scaling in ("none", "factors"):
+        return {"rope_type": "default", "rope_theta": rope.theta}
+    out = {"rope_type": rope.scaling, "rope_theta": rope.theta, "factor": rope.factor}
+    if rope.scaling == "llama3":
+        for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            out[key] = getattr(rope, key)
+    return out
+
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+def fatrelu(threshold: float) -> Activation:
+    """ProSparse's activation (2402.13516)."""
+    return lambda x: torch.where(x > threshold, x, 0.0)
+
+
+def patch_ffn(model: Model, act: Activation, *, act_on_up: bool) -> None:
+    """Give the FFNs of a Llama another activation, also on the up projection if asked (Bamboo)."""
+
+    def forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+        up = mlp.up_proj(x)
+        return mlp.down_proj(act(mlp.gate_proj(x)) * (act(up) if act_on_up else up))
+
+    for layer in model.model.layers:
+        layer.mlp.forward = types.MethodType(forward, layer.mlp)
