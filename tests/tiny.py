@@ -158,7 +158,8 @@ def tiny_config(family: str, **overrides: Any) -> dict[str, Any]:
     config: dict[str, Any] = shapes | _FAMILIES[family] | overrides
     config |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float32"}
     if config["model_type"] == "opt":
-        del config["num_key_value_heads"]  # OPT has no grouped queries, and its own word for the FFN's width
+        # OPT has no grouped queries, no free head size, and its own word for the FFN's width
+        config = {k: v for k, v in config.items() if k not in ("num_key_value_heads", "head_dim")}
         config["ffn_dim"] = config.pop("intermediate_size")
         config["word_embed_proj_dim"] = config["hidden_size"]
     return {key: value for key, value in config.items() if value is not None or key not in overrides}
