@@ -34,7 +34,7 @@ def chat(
     \b
     Example:
       fewfire chat
-      echo "What is the capital of France?" | fewfire chat gemma3 --temperature 0
+      echo "What is the capital of France?" | fewfire chat smollm2 --temperature 0
     """
     sampling = options.take_sampling(rest)
 
@@ -57,8 +57,11 @@ def chat(
         answer(conversation, line, stats)
 
 
-def answer(conversation: Conversation, text: str, stats: bool) -> None:
-    """Prints the answer to one message as it comes, and keeps the turn even when Ctrl-C cuts it short."""
+def answer(conversation: Conversation, text: str, stats: bool) -> str:
+    """Prints the answer to one message as it comes, and keeps the turn even when Ctrl-C cuts it short.
+
+    Returns why the answer ended.
+    """
     stream = conversation.ask(text)
     try:
         for piece in stream:
@@ -69,3 +72,4 @@ def answer(conversation: Conversation, text: str, stats: bool) -> None:
             click.echo()
     if stats:
         terminal.note(stats_line(stream.completion.stats))
+    return stream.completion.finish_reason

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fewfire.errors import FewfireError
+from fewfire.errors import ContextFullError, FewfireError
 from fewfire_cli import terminal
 from fewfire_cli.chat import answer
 from fewfire_cli.conversation import Conversation
@@ -21,6 +21,10 @@ COMMANDS = {
     "/help": "this list",
     "/exit": "end (also Ctrl-D)",
 }
+CUT_SHORT = {
+    "length": "the answer reached --max-tokens",
+    "context": "the context is full: /reset forgets the conversation",
+}
 MULTILINE = '"""'
 
 
@@ -31,7 +35,7 @@ class Interactive:
         self.conversation, self.name, self.stats = conversation, name, stats
 
     def run(self) -> None:
-        """The loop. Ends normally on Ctrl-D and /exit; a turn that fails is reported, and the chat goes on."""
+        """The loop. Ends on Ctrl-D and /exit; a turn that fails is reported, and the chat goes on."""
         model = self.conversation.model
         terminal.note(f"{self.name}, {model.weights}, {model.threads} threads. /help lists commands.")
         with LineInput(COMMANDS) as lines:
@@ -50,6 +54,8 @@ class Interactive:
                     self._handle(text)
                 except KeyboardInterrupt:
                     terminal.note("stopped")
+                except ContextFullError as error:
+                    terminal.error(f"{error}, or /reset")
                 except (FewfireError, ValueError, OSError) as error:
                     terminal.error(str(error))
 
@@ -67,7 +73,9 @@ class Interactive:
             name, _, rest = text.partition(" ")
             self._command(name, rest.strip())
         elif text:
-            answer(self.conversation, text, self.stats)
+            reason = answer(self.conversation, text, self.stats)
+            if reason in CUT_SHORT:
+                terminal.note(CUT_SHORT[reason])
 
     def _command(self, name: str, rest: str) -> None:
         conversation = self.conversation

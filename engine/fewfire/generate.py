@@ -10,12 +10,13 @@ nor of printing.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from fewfire.chat import required
 from fewfire.errors import ContextFullError
 from fewfire.sampling import Sampler, Sampling
 from fewfire.tokenizer import StreamDecoder
@@ -96,6 +97,23 @@ def complete(
 ) -> Completion:
     """`stream`, read to its end."""
     return stream(model, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, session=session).read()
+
+
+def chat_stream(
+    model: Model,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    max_tokens: int = 1024,
+    sampling: Sampling | None = None,
+    stop: str | Sequence[str] = (),
+    session: Session | None = None,
+) -> Stream:
+    """Answers a conversation, in the form of the model's chat template; ends where the model ends its turn.
+
+    With the same session for every turn, only what is new in the messages is computed.
+    """
+    ids = required(model.chat_template).encode(model.tokenizer, messages)
+    return stream(model, ids, max_tokens=max_tokens, sampling=sampling, stop=stop, session=session)
 
 
 def prompt_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
