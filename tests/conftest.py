@@ -1,8 +1,8 @@
 """Fixtures that several test files share.
 
-Tests run with a cache of their own, so that none sees what the user has or leaves something there. Two
-things are shared with the user's cache, because they are slow to get and named by a checksum: compiled kernels, and the
-download of the real default model.
+Tests run with a cache of their own, so that none sees what the user has or leaves something there. Two things
+are shared with the user's cache, because they are slow to get and named by a checksum: compiled kernels, and
+the download of the real default model.
 """
 
 from __future__ import annotations

@@ -56,5 +56,5 @@ class LineInput:
         return input()
 
     def _complete(self, text: str, state: int) -> str | None:
-        fits = [c for c in self._commands if c.startswith(text)] if text.startswith("/") else []
+        fits = [c + " " for c in self._commands if c.startswith(text)] if text.startswith("/") else []
         return fits[state] if state < len(fits) else None

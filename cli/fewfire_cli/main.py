@@ -52,11 +52,7 @@ for command in (chat, generate, info, eval_command, pack, models, completions):
 def main(args: list[str] | None = None) -> NoReturn:
     """Runs the command line and exits."""
     terminal.prepare_streams()
-    try:
-        sys.exit(_run(args))
-    except BrokenPipeError:
-        _silence_stdout()
-        sys.exit(141)  # as a program that SIGPIPE ended: whoever read our output has had enough
+    sys.exit(_run(args))
 
 
 def _run(args: list[str] | None) -> int:
@@ -68,8 +64,9 @@ def _run(args: list[str] | None) -> int:
         return 130
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError:  # whoever read our output has had enough
+        _silence_stdout()
+        return 1
     except click.UsageError as error:
         where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
         return _fail(error.format_message().rstrip(".") + where, 2)

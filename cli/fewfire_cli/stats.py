@@ -12,9 +12,8 @@ def stats_line(stats: Stats) -> str:
     """For people."""
     cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
     return (
-        f"prompt {stats.prompt_tokens} tokens{cached} in {stats.prompt_seconds:.2f} s,"
-        f" {stats.prompt_tokens_per_second:.1f} tokens/s;"
-        f" answer {stats.tokens} tokens in {stats.seconds:.2f} s, {stats.tokens_per_second:.1f} tokens/s"
+        f"prompt {stats.prompt_tokens} tokens{cached}, {stats.prompt_tokens_per_second:.1f} tokens/s;"
+        f" answer {stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s"
     )
 
 

@@ -161,11 +161,10 @@ def _check_real(name: str, value: Any, *, low: float, high: float = math.inf, lo
     number = isinstance(value, Real) and not isinstance(value, bool)
     if number and math.isfinite(value) and (low < value or (value == low and not low_open)) and value <= high:
         return
-    bounds = (
-        ("over " if low_open else "at least ")
-        + f"{low:g}"
-        + (f" and at most {high:g}" if high < math.inf else "")
-    )
+    if high < math.inf:
+        bounds = f"over {low:g} and up to {high:g}" if low_open else f"from {low:g} to {high:g}"
+    else:
+        bounds = f"over {low:g}" if low_open else f"from {low:g} up"
     raise ValueError(f"{name} must be a number {bounds}, not {value!r}")
 
 
