@@ -42,14 +42,11 @@ def logits(model: Model, ids: Sequence[int]) -> np.ndarray:
 
 def greedy(model: Model, ids: Sequence[int], n: int) -> list[int]:
     """The `n` likeliest next tokens one after the other, whether or not they end the text."""
-    out: list[int] = []
-    feed, past = list(ids), None
-    with torch.inference_mode():
-        for _ in range(n):
-            result = model(torch.tensor([feed]), past_key_values=past, use_cache=True)
-            feed, past = [int(result.logits[0, -1].argmax())], result.past_key_values
-            out += feed
-    return out
+    # set on the model, because None in an argument means "as the model has it"
+    model.generation_config = transformers.GenerationConfig(do_sample=False, max_new_tokens=n, pad_token_id=0)
+    start = torch.tensor([list(ids)])
+    out = model.generate(start, attention_mask=torch.ones_like(start))
+    return out[0, len(ids) :].tolist()
 
 
 def from_directory(directory: Path) -> Model:
@@ -60,23 +57,14 @@ def from_directory(directory: Path) -> Model:
         return _load(transformers.AutoModelForCausalLM, directory)
     act, threshold = data.pop("hidden_act"), data.pop("hidden_act_param", 0.0)
     data.pop("model_type")
-    model = _load(transformers.LlamaForCausalLM, directory, transformers.LlamaConfig(**data))
+    model = _load(transformers.LlamaForCausalLM, directory, config=transformers.LlamaConfig(**data))
     patch_ffn(model, fatrelu(threshold) if act == "fatrelu" else torch.relu, act_on_up=kind == "bamboo")
     return model
 
 
-def _load(cls: Any, directory: Path, config: Any = None) -> Model:
-    model, report = cls.from_pretrained(
-        directory, config=config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
-    assert not any(report.values()), report  # a missing tensor would be random, without a word
-    return model.eval()
-
-
 def transformers_model(checkpoint: Readable) -> Model:
-    """A float32 torch model with the weights of a checkpoint, read under their canonical names."""
+    """A torch model with the weights of a checkpoint, read under their canonical names."""
     config = checkpoint.config
-    model = _empty_model(config)
     state = {}
     for name in config.shapes():
         values = checkpoint.read(name)
@@ -86,11 +74,30 @@ def transformers_model(checkpoint: Readable) -> Model:
             values = np.concatenate(
                 [np.zeros((2, config.hidden_size), np.float32), values]
             )  # OPT starts at 2
-        state[hf_name(config, name)] = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state[hf_name(config, "embed.weight")]
-    model.load_state_dict(state, strict=True)
+        state[hf_name(config, name)] = torch.from_numpy(values)
+
+    settings = transformers.AutoConfig.for_model(**_settings(config))
+    model = _load(
+        transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)], None, config=settings, state_dict=state
+    )
+    if config.rope:
+        for layer in model.model.layers:
+            layer.self_attn.scaling = config.scale
+        if config.rope.factors:
+            model.model.rotary_emb.inv_freq /= torch.tensor(config.rope.factors)
+    if config.hidden_act == "fatrelu" or config.act_on_up:
+        act = fatrelu(config.act_threshold) if config.hidden_act == "fatrelu" else torch.relu
+        patch_ffn(model, act, act_on_up=config.act_on_up)
     return model
+
+
+def _load(cls: Any, source: Path | None, **options: Any) -> Model:
+    """Float32, and eager attention, which is the plainest."""
+    model, report = cls.from_pretrained(
+        source, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **options
+    )
+    assert not any(report.values()), report  # a missing tensor would be random, without a word
+    return model.eval()
 
 
 def hf_name(config: ModelConfig, name: str) -> str:
@@ -122,23 +129,6 @@ def hf_name(config: ModelConfig, name: str) -> str:
         return "lm_head.weight"
     *layer, part, kind = name.split(".")
     return ".".join(["model", *(["decoder"] if opt else []), *layer, names[part], kind])
-
-
-def _empty_model(config: ModelConfig) -> Model:
-    """The transformers model that computes what `config` says, with random weights."""
-    settings = transformers.AutoConfig.for_model(**_settings(config))
-    model = transformers.AutoModelForCausalLM.from_config(
-        settings, dtype=torch.float32, attn_implementation="eager"
-    )
-    if config.rope:
-        for layer in model.model.layers:
-            layer.self_attn.scaling = config.scale
-        if config.rope.factors:
-            model.model.rotary_emb.inv_freq /= torch.tensor(config.rope.factors)
-    if config.hidden_act == "fatrelu" or config.act_on_up:
-        act = fatrelu(config.act_threshold) if config.hidden_act == "fatrelu" else torch.relu
-        patch_ffn(model, act, act_on_up=config.act_on_up)
-    return model.eval()
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
