@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
+from typing import TYPE_CHECKING, Any, cast
+
 import click
 
 from fewfire_cli import options
+from fewfire_cli.human import count, size
+from fewfire_cli.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from fewfire.config import ModelConfig
+    from fewfire.packed import Packed
+
+_FFN, _ATTENTION = ("gate", "up", "down"), ("q", "k", "v", "o", "q_norm", "k_norm")
 
 
 @click.command()
@@ -14,8 +26,79 @@ from fewfire_cli import options
 def info(model: str, weights: str, as_json: bool) -> None:
     """Architecture, number formats and sizes of MODEL.
 
+    Fetches the model if need be, but does not pack it: the sizes are those it has, or would have, packed.
+
     \b
     Example:
       fewfire info smollm2 --weights q8
     """
-    raise NotImplementedError
+    packed, chats = _open(model, weights)
+    config, parts, parameters = packed.config, packed.parts(), _parameters(packed.config)
+    if as_json:
+        data = {
+            "model": model,
+            "path": str(packed.path),
+            "weights": packed.weights,
+            "chat_template": chats,
+            "parameters": parameters,
+            "bytes": parts,
+            "config": config.to_dict(),
+        }
+        click.echo(json.dumps(data, ensure_ascii=False))
+        return
+    for label, text in _description(model, packed, chats).items():
+        click.echo(f"{label:14}{text}")
+    click.echo(f"\n{'part':10}{'parameters':>12}{'size':>12}{'share':>8}{'bits each':>12}")
+    total = sum(parts.values())
+    rows = [*parts.items(), ("all", total)]
+    for part, n_bytes in rows:
+        n = parameters.get(part, sum(parameters.values()))
+        bits = f"{8 * n_bytes / n:.2f}" if n else "-"
+        click.echo(f"{part:10}{count(n):>12}{size(n_bytes):>12}{n_bytes / total:>8.1%}{bits:>12}")
+
+
+def _open(model: str, weights: str) -> tuple[Packed, bool]:
+    """The packed model, or what it would be; and whether it has a chat template."""
+    from fewfire import packed, sources
+    from fewfire.checkpoint import open_checkpoint
+
+    with ProgressBar() as progress:
+        path = sources.resolve(model, progress)
+    if packed.is_packed(path):
+        return packed.open_packed(path), (path / packed.TEMPLATE).is_file()
+    checkpoint = open_checkpoint(path)
+    # Sizes are all that is asked of the arrays, and a description has them as well as the arrays themselves.
+    arrays = cast(Any, packed.arrays(checkpoint.config, weights))
+    chats = checkpoint.chat_template() is not None
+    return packed.Packed(path, path.stem, checkpoint.config, weights, arrays), chats
+
+
+def _description(model: str, packed: Packed, chats: bool) -> dict[str, str]:
+    c = packed.config
+    heads = f"{c.num_attention_heads} heads of {c.head_dim}, {c.num_key_value_heads} for keys and values"
+    if any(c.sliding_layers):
+        heads += f", window of {c.sliding_window} on {sum(c.sliding_layers)} layers"
+    return {
+        "model": model,
+        "path": str(packed.path),
+        "architecture": c.architecture,
+        "layers": f"{c.num_hidden_layers}, {c.hidden_size} wide",
+        "attention": heads,
+        "neurons": f"{c.intermediate_size} per layer, {c.hidden_act}{', gated' if c.gated else ''}",
+        "vocabulary": f"{c.vocab_size}" + (", head tied to the embedding" if c.tie_word_embeddings else ""),
+        "context": f"{c.max_position_embeddings} tokens",
+        "chat template": "yes" if chats else "no",
+        "format": packed.weights,
+    }
+
+
+def _parameters(config: ModelConfig) -> dict[str, int]:
+    """Numbers of parameters in the parts that `Packed.parts` knows."""
+    parts = dict.fromkeys(("embed", "attention", "ffn", "head", "norms"), 0)
+    for name, shape in config.shapes().items():
+        words = name.split(".")
+        what = words[2] if words[0] == "layers" else words[0]
+        table = {"embed": "embed", "positions": "embed", "head": "head"}
+        part = "ffn" if what in _FFN else "attention" if what in _ATTENTION else table.get(what, "norms")
+        parts[part] += math.prod(shape)
+    return parts
