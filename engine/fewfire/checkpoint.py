@@ -101,17 +101,18 @@ def fingerprint(files: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `CheckpointError`."""
+def read_json(path: Path) -> tuple[str, dict[str, Any]]:
+    """A JSON object, as text and as data. Raises `CheckpointError`."""
     try:
-        data = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        data = json.loads(text)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path}: not valid JSON; fetch the file again") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: not a JSON object; fetch the file again")
-    return data
+    return text, data
 
 
 class HFCheckpoint:
@@ -121,7 +122,7 @@ class HFCheckpoint:
         self.path = path
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path}: no config.json: not a model directory in the Hugging Face layout")
-        self._family, config = read_config(read_json(path / "config.json"), str(path / "config.json"))
+        self._family, config = read_config(read_json(path / "config.json")[1], str(path / "config.json"))
         entries: dict[str, Entry] = {}
         for file in _weight_files(path):
             entries.update(read_header(file))
@@ -151,10 +152,10 @@ class HFCheckpoint:
         file = self.path / "tokenizer.json"
         if not file.is_file():
             raise CheckpointError(
-                f"{self.path}: no tokenizer.json; add the model's tokenizer.json to the directory"
+                f"{self.path}: no tokenizer.json; add the model's, or write one with transformers "
+                "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
             )
-        read_json(file)
-        return file.read_text("utf-8")
+        return read_json(file)[0]
 
     def chat_template(self) -> str | None:
         """See `Checkpoint.chat_template`. A chat_template.jinja goes before tokenizer_config.json."""
@@ -184,7 +185,7 @@ class HFCheckpoint:
 
     def _optional_json(self, name: str) -> dict[str, Any]:
         file = self.path / name
-        return read_json(file) if file.is_file() else {}
+        return read_json(file)[1] if file.is_file() else {}
 
     def _with_tokens(self, config: ModelConfig) -> ModelConfig:
         """Begin and end tokens: everything that any of the files calls an end of text or of a turn."""
@@ -214,7 +215,7 @@ def _weight_files(path: Path) -> list[Path]:
     """The .safetensors files of a directory, as its index names them if it has one."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        weights = read_json(index).get("weight_map")
+        weights = read_json(index)[1].get("weight_map")
         if not isinstance(weights, dict) or not all(
             isinstance(n, str) and Path(n).name == n for n in weights.values()
         ):

@@ -30,7 +30,7 @@ from fewfire.families import (
     embedding_scale,
 )
 from fewfire.fields import Fields, unique
-from fewfire.tokenizer_build import CONTROL, Vocabulary, build_tokenizer, starts_with_bos
+from fewfire.tokenizer_build import Vocabulary, build_tokenizer, special_tokens, starts_with_bos
 
 _NAMES = {
     "embed": "token_embd",
@@ -102,7 +102,7 @@ class GGUFCheckpoint:
 
     def tokenizer_json(self) -> str:
         """See `Checkpoint.tokenizer_json`. Built from the metadata; takes seconds for a large vocabulary."""
-        return build_tokenizer(_vocabulary(Fields(self._metadata, str(self.path))))
+        return build_tokenizer(_vocabulary(Fields(self._metadata, str(self.path)), self.config.vocab_size))
 
     def chat_template(self) -> str | None:
         """See `Checkpoint.chat_template`."""
@@ -243,14 +243,14 @@ def _with_tokens(fields: Fields, config: ModelConfig) -> ModelConfig:
     ends = [i for name in ("eos", "eot", "eom") for i in fields.ids(f"{at}{name}_token_id", vocab)]
     tokens, types = fields.data.get(at + "tokens"), fields.data.get(at + "token_type")
     if isinstance(tokens, list) and isinstance(types, np.ndarray):
-        control = {tokens[i]: i for i in np.flatnonzero(types[: len(tokens)] == CONTROL).tolist()}
-        ends += [control[name] for name in END_OF_TURN if control.get(name, vocab) < vocab]
+        special = special_tokens(tokens, types)
+        ends += [special[name] for name in END_OF_TURN if special.get(name, vocab) < vocab]
     default = starts_with_bos(fields.text(at + "model", ""), fields.text(at + "pre", "default"))
     add = fields.flag(at + "add_bos_token", default) and bos is not None
     return replace(config, bos_token_id=bos, eos_token_ids=unique(ends), add_bos_token=add)
 
 
-def _vocabulary(fields: Fields) -> Vocabulary:
+def _vocabulary(fields: Fields, rows: int) -> Vocabulary:
     """The tokenizer's part of the metadata, its types checked."""
     at = "tokenizer.ggml."
     where = fields.where
@@ -274,6 +274,8 @@ def _vocabulary(fields: Fields) -> Vocabulary:
         return value
 
     tokens = strings("tokens")
+    if len(tokens) > rows:
+        raise CheckpointError(f"{where}: {len(tokens)} tokens, but the embedding has only {rows} rows")
     unknown = fields.ids(at + "unknown_token_id", max(1, len(tokens)))
     return Vocabulary(
         where=where,

@@ -15,7 +15,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from fewfire.errors import CheckpointError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+_ADDED = (UNKNOWN, CONTROL, USER_DEFINED)
+
+# Some files call these user-defined, yet a message's text must not be able to forge them.
+CHAT_MARKERS = {"<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"} | {
+    "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|endoftext|>"
+}  # fmt: skip
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -89,21 +95,41 @@ def build_tokenizer(vocabulary: Vocabulary) -> str:
     if not vocabulary.tokens:
         raise CheckpointError(f"{vocabulary.where}: the tokenizer has no tokens: the file is damaged")
     tokenizer = builders[vocabulary.model](vocabulary)
-    types = vocabulary.types
-    if types is not None:
-        # Added tokens are found in the raw text, so a space in them is a space.
-        for kind in (CONTROL, USER_DEFINED):
-            special = kind == CONTROL
-            texts = [_raw(vocabulary, i) for i in np.flatnonzero(types == kind).tolist()]
-            added = [AddedToken(text, special=special, normalized=False) for text in texts if text]
-            tokenizer.add_special_tokens(added) if special else tokenizer.add_tokens(added)
+    if vocabulary.types is not None:
+        added = [i for i, kind in enumerate(vocabulary.types.tolist()) if kind in _ADDED]
+        special = special_tokens(vocabulary.tokens, vocabulary.types)
+        texts = _texts(vocabulary)
+        tokens = [AddedToken(texts[i], special=texts[i] in special, normalized=False) for i in added]
+        tokenizer.add_special_tokens([token for token in tokens if token.special])
+        tokenizer.add_tokens([token for token in tokens if not token.special])
     return tokenizer.to_str()
 
 
-def _raw(vocabulary: Vocabulary, token: int) -> str:
-    """An added token's text; SentencePiece writes spaces as U+2581."""
-    text = vocabulary.tokens[token]
-    return text.replace("▁", " ") if vocabulary.model == "llama" else text
+def special_tokens(tokens: Sequence[str], types: np.ndarray) -> dict[str, int]:
+    """The tokens that steer the model and are no text, with their ids."""
+    return {
+        token: i
+        for i, (token, kind) in enumerate(zip(tokens, types.tolist(), strict=False))
+        if kind in (CONTROL, UNKNOWN) or (kind == USER_DEFINED and token in CHAT_MARKERS)
+    }
+
+
+def _texts(vocabulary: Vocabulary) -> list[str]:
+    """Every token's text, no two alike: what repeats another or is empty can never be the token of a text.
+
+    Added tokens are found in the raw text, before SentencePiece writes spaces as U+2581.
+    """
+    spaces = "▁" if vocabulary.model == "llama" else " "
+    kinds = [NORMAL] * len(vocabulary.tokens) if vocabulary.types is None else vocabulary.types.tolist()
+    texts: list[str] = []
+    seen: set[str] = set()
+    for i, (token, kind) in enumerate(zip(vocabulary.tokens, kinds, strict=True)):
+        text = token.replace(spaces, " ") if kind in _ADDED else token
+        if not text or text in seen:
+            text = f"[UNUSED_{i}]"
+        seen.add(text)
+        texts.append(text)
+    return texts
 
 
 def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
@@ -114,7 +140,7 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
             f"{vocabulary.where}: pre-tokenizer {vocabulary.pre[:40]!r} is not supported; "
             f"supported: {', '.join(SPLITS)}"
         )
-    ids = {token: i for i, token in enumerate(vocabulary.tokens)}
+    ids = {token: i for i, token in enumerate(_texts(vocabulary))}
     merges = []
     for merge in vocabulary.merges:
         left, _, right = merge.partition(" ")
@@ -143,12 +169,10 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
         raise CheckpointError(
             f"{vocabulary.where}: the tokenizer has no scores or token types: the file is damaged"
         )
-    ids = {
-        _raw(vocabulary, i) if kind == USER_DEFINED else vocabulary.tokens[i]: i
-        for i, kind in enumerate(vocabulary.types.tolist())
-    }
-    unknown = None if vocabulary.unknown is None else vocabulary.tokens[vocabulary.unknown]
-    merges = _merges_from_scores(vocabulary.tokens, vocabulary.scores, vocabulary.types)
+    texts = _texts(vocabulary)
+    ids = {token: i for i, token in enumerate(texts)}
+    unknown = None if vocabulary.unknown is None else texts[vocabulary.unknown]
+    merges = _merges_from_scores(texts, vocabulary.scores, vocabulary.types)
     tokenizer = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     spaces = normalizers.Replace(" ", "▁")
     steps: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
