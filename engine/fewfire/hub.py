@@ -6,9 +6,13 @@ Downloads configuration, tokenizer and safetensors only, or one named .gguf file
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
+import logging
 import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +54,16 @@ def download(repo: str, file: str | None, progress: Progress | None = None) -> P
     offline = bool(constants.HF_HUB_OFFLINE)
     progress(f"asking for {repo}", 0, 0)
     try:
-        snapshot = Path(
-            huggingface_hub.snapshot_download(
-                repo,
-                allow_patterns=_WANTED if file is None else [glob.escape(file)],
-                ignore_patterns=_UNWANTED if file is None else None,
-                local_files_only=offline,
-                tqdm_class=_bar(repo, progress),
+        with _quiet():
+            snapshot = Path(
+                huggingface_hub.snapshot_download(
+                    repo,
+                    allow_patterns=_WANTED if file is None else [glob.escape(file)],
+                    ignore_patterns=_UNWANTED if file is None else None,
+                    local_files_only=offline,
+                    tqdm_class=_bar(repo, progress),
+                )
             )
-        )
     except errors.GatedRepoError as error:
         raise SourceError(
             f"{repo} is gated: accept its terms on its hub page and log in (hf auth login), or set HF_TOKEN"
@@ -110,6 +115,24 @@ def _missing(found: Path) -> str | None:
         return next((shard for shard in sorted(shards) if not (found / shard).is_file()), None)
     except (ValueError, KeyError, AttributeError, TypeError):
         return None  # a damaged index is the checkpoint reader's business
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep huggingface_hub from writing to the terminal: what matters comes back as errors and progress."""
+    from huggingface_hub import utils
+
+    bars, verbosity = not utils.are_progress_bars_disabled(), utils.logging.get_verbosity()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that HF_HUB_DISABLE_PROGRESS_BARS has the last word
+            utils.disable_progress_bars()  # older versions draw one per file, whatever their class
+        utils.logging.set_verbosity(logging.ERROR)
+        yield
+    finally:
+        utils.logging.set_verbosity(verbosity)
+        if bars:
+            utils.enable_progress_bars()
 
 
 def _bar(repo: str, progress: Progress) -> Any:

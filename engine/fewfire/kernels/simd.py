@@ -1,0 +1,427 @@
+"""Vectors of 256 bits as Numba values: `i8x32`, `i32x8`, `f32x8` and the few instructions that the kernels need.
+
+Everything is target-independent LLVM IR, which any CPU can run, apart from the integer dot products: these have one
+definition per level of `level.py`. `plain` spells out what the others must compute, lane for lane.
+Addresses are plain integers (`array.ctypes.data` plus bytes); nothing here checks bounds.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.datamodel import models
+from numba.extending import intrinsic, register_model
+
+from fewfire.kernels.level import LEVEL
+
+
+class Vector(types.Type):
+    """The Numba type of a SIMD register."""
+
+    def __init__(self, name: str, element: ir.Type, lanes: int) -> None:
+        self.llvm = ir.VectorType(element, lanes)
+        super().__init__(name=f"fewfire.{name}")
+
+    def __reduce__(self) -> Any:
+        return _vector, (self.name.removeprefix("fewfire."),)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, dmm: Any, fe_type: Vector) -> None:
+        super().__init__(dmm, fe_type, fe_type.llvm)
+
+
+_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+i8x32 = Vector("i8x32", _I8, 32)
+i32x8 = Vector("i32x8", _I32, 8)
+f32x8 = Vector("f32x8", _F32, 8)
+
+
+def _vector(name: str) -> Vector:
+    return {"i8x32": i8x32, "i32x8": i32x8, "f32x8": f32x8}[name]
+
+
+def instruction(result: types.Type, *arguments: types.Type) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a Numba intrinsic from `emit(builder, *llvm_values) -> llvm_value`; scalars are cast to `arguments`."""
+
+    def wrap(emit: Callable[..., Any]) -> Any:
+        signature = result(*arguments)
+
+        def codegen(context: Any, builder: ir.IRBuilder, _signature: Any, values: Any) -> Any:
+            returned = emit(builder, *values)
+            return context.get_dummy_value() if result is types.void else returned
+
+        forms = (
+            lambda typing: (signature, codegen),
+            lambda typing, a: (signature, codegen),
+            lambda typing, a, b: (signature, codegen),
+            lambda typing, a, b, c: (signature, codegen),
+        )
+        typed = forms[len(arguments)]
+        typed.__name__ = typed.__qualname__ = emit.__name__
+        typed.__doc__ = emit.__doc__
+        return intrinsic(typed)
+
+    return wrap
+
+
+def _splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+    vector = ir.VectorType(value.type, lanes)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
+
+
+def _constant(element: ir.Type, lanes: int, value: float) -> ir.Constant:
+    return ir.Constant(ir.VectorType(element, lanes), [value] * lanes)
+
+
+def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *values: ir.Value) -> ir.Value:
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(result, [v.type for v in values]), name
+    )
+    return builder.call(function, values)
+
+
+def _load(builder: ir.IRBuilder, address: ir.Value, vector: ir.Type) -> ir.Value:
+    return builder.load(builder.inttoptr(address, vector.as_pointer()), align=1)
+
+
+def _select_lanes(builder: ir.IRBuilder, vector: ir.Value, lanes: list[int]) -> ir.Value:
+    return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@instruction(i8x32, types.intp)
+def load_i8x32(builder, address):
+    """32 bytes at any alignment."""
+    return _load(builder, address, i8x32.llvm)
+
+
+@instruction(f32x8, types.intp)
+def load_f32x8(builder, address):
+    """8 float32 at any alignment."""
+    return _load(builder, address, f32x8.llvm)
+
+
+@instruction(i32x8, types.intp)
+def load_i32x8(builder, address):
+    """8 int32 at any alignment."""
+    return _load(builder, address, i32x8.llvm)
+
+
+@instruction(types.void, types.intp, f32x8)
+def store_f32x8(builder, address, value):
+    """8 float32 at any alignment."""
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+@instruction(types.int8, types.intp)
+def load_i8(builder, address):
+    return _load(builder, address, _I8)
+
+
+@instruction(f32x8, types.intp)
+def splat_f32_at(builder, address):
+    """All lanes equal to one float32 in memory."""
+    return _splat(builder, _load(builder, address, _F32), 8)
+
+
+@instruction(types.void, types.intp, f32x8)
+def store_rounded_i8x8(builder, address, value):
+    """8 signed bytes, rounded to nearest even; the values must lie between -127 and 127."""
+    rounded = _call(builder, "llvm.rint.v8f32", f32x8.llvm, value)
+    narrow = builder.trunc(builder.fptosi(rounded, i32x8.llvm), ir.VectorType(_I8, 8))
+    builder.store(narrow, builder.inttoptr(address, narrow.type.as_pointer()), align=1)
+
+
+@instruction(types.void, types.intp, types.intp)
+def copy_4_bytes(builder, target, source):
+    builder.store(_load(builder, source, _I32), builder.inttoptr(target, _I32.as_pointer()), align=1)
+
+
+@instruction(types.void, types.intp, i32x8)
+def store_i32x8(builder, address, value):
+    """8 int32 at any alignment."""
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+@instruction(f32x8, types.intp)
+def load_i8x8_as_f32(builder, address):
+    """8 signed bytes, widened to float."""
+    return builder.sitofp(_load(builder, address, ir.VectorType(_I8, 8)), f32x8.llvm)
+
+
+@instruction(f32x8, types.intp)
+def load_bf16x8(builder, address):
+    """8 bfloat16, widened: they are the upper halves of float32."""
+    wide = builder.zext(_load(builder, address, ir.VectorType(_I16, 8)), i32x8.llvm)
+    return builder.bitcast(builder.shl(wide, _constant(_I32, 8, 16)), f32x8.llvm)
+
+
+def _half_to_float(builder: ir.IRBuilder, halves: ir.Value) -> ir.Value:
+    if LEVEL != "plain":
+        return builder.fpext(builder.bitcast(halves, ir.VectorType(ir.HalfType(), 8)), f32x8.llvm)
+    # Moves exponent and mantissa into place and multiplies by 2^(127-15): exact, subnormals too, and
+    # needs no half-float support of the CPU. The sign goes along separately.
+    wide = builder.zext(halves, i32x8.llvm)
+    sign = builder.shl(builder.and_(wide, _constant(_I32, 8, 0x8000)), _constant(_I32, 8, 16))
+    rest = builder.shl(builder.and_(wide, _constant(_I32, 8, 0x7FFF)), _constant(_I32, 8, 13))
+    scaled = builder.fmul(builder.bitcast(rest, f32x8.llvm), _constant(_F32, 8, 2.0**112))
+    return builder.bitcast(builder.or_(builder.bitcast(scaled, i32x8.llvm), sign), f32x8.llvm)
+
+
+def _half_loader(groups: int) -> Any:
+    @instruction(f32x8, types.intp)
+    def load_f16(builder, address):
+        halves = _load(builder, address, ir.VectorType(_I16, groups))
+        return _half_to_float(builder, _select_lanes(builder, halves, [i * groups // 8 for i in range(8)]))
+
+    return load_f16
+
+
+load_f16x8 = _half_loader(8)  # 8 float16
+load_f16x4 = _half_loader(4)  # 4 float16, each into two neighbouring lanes
+load_f16x2 = _half_loader(2)  # 2 float16, each into four neighbouring lanes
+
+
+@instruction(types.void, types.intp, f32x8)
+def store_f16x8(builder, address, value):
+    """8 float16, rounded to nearest even and clamped to their range (65504)."""
+    bits = builder.bitcast(value, i32x8.llvm)
+    sign = builder.and_(builder.lshr(bits, _constant(_I32, 8, 16)), _constant(_I32, 8, 0x8000))
+    size = _call(builder, "llvm.fabs.v8f32", f32x8.llvm, value)
+    size = _call(builder, "llvm.minnum.v8f32", f32x8.llvm, size, _constant(_F32, 8, 65504.0))
+    small = builder.bitcast(builder.fmul(size, _constant(_F32, 8, 2.0**-112)), i32x8.llvm)
+    odd = builder.and_(builder.lshr(small, _constant(_I32, 8, 13)), _constant(_I32, 8, 1))
+    rounded = builder.lshr(
+        builder.add(builder.add(small, odd), _constant(_I32, 8, 0xFFF)), _constant(_I32, 8, 13)
+    )
+    halves = builder.trunc(builder.or_(rounded, sign), ir.VectorType(_I16, 8))
+    builder.store(halves, builder.inttoptr(address, halves.type.as_pointer()), align=1)
+
+
+# --- arithmetic -----------------------------------------------------------------------------------------------------
+
+
+@instruction(f32x8, types.float32)
+def splat_f32(builder, value):
+    """All lanes equal to a scalar."""
+    return _splat(builder, value, 8)
+
+
+@instruction(i32x8)
+def zeros_i32(builder):
+    """All lanes zero."""
+    return _constant(_I32, 8, 0)
+
+
+@instruction(f32x8, f32x8, f32x8, f32x8)
+def fma(builder, a, b, c):
+    """a * b + c, fused where the CPU can."""
+    return _call(builder, "llvm.fmuladd.v8f32", f32x8.llvm, a, b, c)
+
+
+@instruction(f32x8, f32x8, f32x8)
+def add(builder, a, b):
+    return builder.fadd(a, b)
+
+
+@instruction(f32x8, f32x8, f32x8)
+def mul(builder, a, b):
+    return builder.fmul(a, b)
+
+
+@instruction(f32x8, f32x8, f32x8)
+def subtract(builder, a, b):
+    return builder.fsub(a, b)
+
+
+@instruction(f32x8, f32x8, f32x8)
+def divide(builder, a, b):
+    return builder.fdiv(a, b)
+
+
+@instruction(f32x8, f32x8, f32x8)
+def maximum(builder, a, b):
+    return _call(builder, "llvm.maxnum.v8f32", f32x8.llvm, a, b)
+
+
+@instruction(f32x8, f32x8, f32x8)
+def minimum(builder, a, b):
+    return _call(builder, "llvm.minnum.v8f32", f32x8.llvm, a, b)
+
+
+@instruction(f32x8, f32x8)
+def absolute(builder, value):
+    return _call(builder, "llvm.fabs.v8f32", f32x8.llvm, value)
+
+
+@instruction(f32x8, f32x8)
+def rint(builder, value):
+    """Rounded to the nearest integer, ties to even."""
+    return _call(builder, "llvm.rint.v8f32", f32x8.llvm, value)
+
+
+@instruction(f32x8, f32x8, f32x8)
+def where_over(builder, value, threshold):
+    """Lanes over the threshold, zero elsewhere."""
+    return builder.select(builder.fcmp_ordered(">", value, threshold), value, _constant(_F32, 8, 0.0))
+
+
+@instruction(f32x8, f32x8, f32x8)
+def times_power_of_two(builder, value, exponent):
+    """value * 2**exponent, by addition to the exponent bits; the result must be a normal number."""
+    bits = builder.shl(builder.fptosi(exponent, i32x8.llvm), _constant(_I32, 8, 23))
+    return builder.bitcast(builder.add(builder.bitcast(value, i32x8.llvm), bits), f32x8.llvm)
+
+
+@instruction(i32x8, i32x8, i32x8)
+def subtract_i32(builder, a, b):
+    return builder.sub(a, b)
+
+
+@instruction(i8x32)
+def ones_i8(builder):
+    """All bytes 1."""
+    return _constant(_I8, 32, 1)
+
+
+@instruction(i32x8, i32x8)
+def times_8(builder, value):
+    return builder.shl(value, _constant(_I32, 8, 3))
+
+
+@instruction(types.float32, f32x8)
+def max_lane(builder, value):
+    """The largest of the 8 lanes."""
+    for half in (4, 2, 1):
+        low = _select_lanes(builder, value, list(range(half)))
+        high = _select_lanes(builder, value, list(range(half, 2 * half)))
+        value = _call(builder, f"llvm.maxnum.v{half}f32", low.type, low, high)
+    return builder.extract_element(value, ir.Constant(_I32, 0))
+
+
+@instruction(f32x8, i32x8)
+def to_f32(builder, value):
+    """int32 to float32, rounded to nearest."""
+    return builder.sitofp(value, f32x8.llvm)
+
+
+@instruction(types.float32, f32x8)
+def first_lane(builder, value):
+    return builder.extract_element(value, ir.Constant(_I32, 0))
+
+
+@instruction(types.float32, f32x8)
+def sum_lanes(builder, value):
+    """Sum of the 8 lanes, halves first (the order is the same at every level)."""
+    for half in (4, 2, 1):
+        low = _select_lanes(builder, value, list(range(half)))
+        high = _select_lanes(builder, value, list(range(half, 2 * half)))
+        value = builder.fadd(low, high)
+    return builder.extract_element(value, ir.Constant(_I32, 0))
+
+
+# --- integer dot products: the only place where levels differ -------------------------------------------------------
+
+
+def _reshape_add(builder: ir.IRBuilder, products: ir.Value) -> ir.Value:
+    """Sums of four neighbours: <32 x i32> to <8 x i32>."""
+    parts = [_select_lanes(builder, products, list(range(k, 32, 4))) for k in range(4)]
+    return builder.add(builder.add(parts[0], parts[1]), builder.add(parts[2], parts[3]))
+
+
+def _dot_plain(builder: ir.IRBuilder, acc: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+    wide = ir.VectorType(_I32, 32)
+    return builder.add(acc, _reshape_add(builder, builder.mul(builder.sext(a, wide), builder.sext(b, wide))))
+
+
+def _dot_neon(builder: ir.IRBuilder, acc: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+    halves = []
+    for half in (0, 1):
+        lanes, bytes_ = range(4 * half, 4 * half + 4), range(16 * half, 16 * half + 16)
+        part = _select_lanes(builder, acc, list(lanes))
+        ab = [_select_lanes(builder, v, list(bytes_)) for v in (a, b)]
+        halves.append(_call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", part.type, part, *ab))
+    return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(_I32, 8), list(range(8))))
+
+
+def _dot_vnni(builder: ir.IRBuilder, acc: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+    return _call(builder, "llvm.x86.avx512.vpdpbusd.256", i32x8.llvm, acc, unsigned, signed)
+
+
+def _pairs_avx2(builder: ir.IRBuilder, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
+    """Sums of two products as 16-bit lanes (saturating: the callers' ranges rule that out)."""
+    return _call(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(_I16, 16), unsigned, signed)
+
+
+def _widen_avx2(builder: ir.IRBuilder, pairs: ir.Value) -> ir.Value:
+    return _call(builder, "llvm.x86.avx2.pmadd.wd", i32x8.llvm, pairs, _constant(_I16, 16, 1))
+
+
+def _unsign(builder: ir.IRBuilder, w: ir.Value, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """(|w|, x with w's sign): same products, and the first factor is unsigned as the instructions want it."""
+    magnitude = _call(builder, "llvm.abs.v32i8", i8x32.llvm, w, ir.Constant(ir.IntType(1), 0))
+    return magnitude, _call(builder, "llvm.x86.avx2.psign.b", i8x32.llvm, x, w)
+
+
+@instruction(i32x8, i32x8, i8x32, i8x32)
+def dot_s8(builder, acc, w, x):
+    """acc[l] + sum of w[4l + k] * x[4l + k], k < 4. Both signed, -127 to 127."""
+    if LEVEL == "vnni":
+        return _dot_vnni(builder, acc, *_unsign(builder, w, x))
+    if LEVEL == "avx2":
+        # 2 * 127 * 127 = 32258 fits 16 bits.
+        return builder.add(acc, _widen_avx2(builder, _pairs_avx2(builder, *_unsign(builder, w, x))))
+    return (_dot_neon if LEVEL == "neon" else _dot_plain)(builder, acc, w, x)
+
+
+@instruction(i32x8, i32x8, i8x32, i8x32)
+def dot_u4(builder, acc, w, x):
+    """Like `dot_s8` for w from 0 to 15, up to eight times on an accumulator that starts at zero; then `settle` it.
+
+    Between the calls the accumulator's contents are the level's own affair: avx2 keeps 16-bit sums of pairs
+    (8 * 2 * 15 * 127 = 30480 fits), which saves one widening per call.
+    """
+    if LEVEL == "vnni":
+        return _dot_vnni(builder, acc, w, x)
+    if LEVEL == "avx2":
+        pairs = builder.add(builder.bitcast(acc, ir.VectorType(_I16, 16)), _pairs_avx2(builder, w, x))
+        return builder.bitcast(pairs, i32x8.llvm)
+    return (_dot_neon if LEVEL == "neon" else _dot_plain)(builder, acc, w, x)
+
+
+@instruction(i32x8, i32x8)
+def settle(builder, acc):
+    """The 32-bit lane sums of an accumulator of `dot_u4`."""
+    if LEVEL == "avx2":
+        return _widen_avx2(builder, builder.bitcast(acc, ir.VectorType(_I16, 16)))
+    return acc
+
+
+@instruction(i8x32, i8x32)
+def low_nibbles(builder, packed):
+    return builder.and_(packed, _constant(_I8, 32, 15))
+
+
+@instruction(i8x32, i8x32)
+def high_nibbles(builder, packed):
+    return builder.lshr(packed, _constant(_I8, 32, 4))
+
+
+def _signed_nibble(nibble: int) -> Any:
+    @instruction(f32x8, i32x8)
+    def signed_nibble(builder, packed):
+        """One two's-complement nibble of each 32-bit lane, as float."""
+        up = builder.shl(packed, _constant(_I32, 8, 28 - 4 * nibble))
+        return builder.sitofp(builder.ashr(up, _constant(_I32, 8, 28)), f32x8.llvm)
+
+    return signed_nibble
+
+
+signed_nibble_0, signed_nibble_1, signed_nibble_2, signed_nibble_3 = (_signed_nibble(n) for n in range(4))
+signed_nibble_4, signed_nibble_5, signed_nibble_6, signed_nibble_7 = (_signed_nibble(n) for n in range(4, 8))

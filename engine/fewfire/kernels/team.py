@@ -1,0 +1,106 @@
+"""Threads that walk through a sequence of phases together, without barriers.
+
+A phase is a number of chunks. Each thread runs the same code; for every phase it takes chunks until none is left and
+then waits until all are done. Whoever finishes a phase's last chunk runs the short serial step that follows it and
+opens the next phase. So nobody waits for a thread that holds no chunk: one that the system has put aside finds the
+phases closed when it comes back, and skips them until it has caught up. This is what keeps decoding alive on a busy
+machine, and why results do not depend on the number of threads.
+
+The shared state is one int64 array. `TICKET` holds `phase << 20 | chunks taken`; phases only ever grow, so a late
+thread's compare-and-swap cannot take a chunk of another phase. `DONE` counts the finished chunks of the open phase.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+
+from fewfire.kernels.compile import inline
+from fewfire.kernels.simd import instruction
+
+TICKET, DONE, SIZE = 0, 16, 32  # in int64: each word has cache lines of its own
+_SHIFT = 20
+_MASK = (1 << _SHIFT) - 1
+_SPINS = 2000  # some 20 us of polling before the core is offered to others
+
+
+def new_team() -> np.ndarray:
+    """The shared state of one team, before its first phase (phase 0)."""
+    return np.zeros(SIZE, np.int64)
+
+
+def next_phase(team: np.ndarray) -> int:
+    """The number of the phase that is open now. Call it while no thread is at work."""
+    return int(team[TICKET]) >> _SHIFT
+
+
+def _word(builder, address):
+    return builder.inttoptr(address, ir.IntType(64).as_pointer())
+
+
+@instruction(types.int64, types.intp)
+def _load(builder, address):
+    return builder.load_atomic(_word(builder, address), "acquire", 8)
+
+
+@instruction(types.void, types.intp, types.int64)
+def _store(builder, address, value):
+    builder.store_atomic(value, _word(builder, address), "release", 8)
+
+
+@instruction(types.int64, types.intp)
+def _increment(builder, address):
+    return builder.atomic_rmw("add", _word(builder, address), ir.Constant(ir.IntType(64), 1), "acq_rel")
+
+
+@instruction(types.boolean, types.intp, types.int64, types.int64)
+def _swap_if_equal(builder, address, expected, value):
+    pair = builder.cmpxchg(_word(builder, address), expected, value, "acq_rel", "acquire")
+    return builder.extract_value(pair, 1)
+
+
+@instruction(types.void)
+def _yield_core(builder):
+    """Offers the core to another thread of the system."""
+    import sys
+
+    from numba.core import cgutils
+
+    name, result = ("SwitchToThread", ir.IntType(32)) if sys.platform == "win32" else ("sched_yield", ir.IntType(32))
+    builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, []), name), [])
+
+
+@inline
+def take(team, phase, chunks):
+    """The number of a chunk of this phase that is now the caller's, or -1 if none is left."""
+    address = team.ctypes.data
+    while True:
+        ticket = _load(address)
+        if ticket >> _SHIFT != phase or (ticket & _MASK) >= chunks:
+            return -1
+        if _swap_if_equal(address, ticket, ticket + 1):
+            return ticket & _MASK
+
+
+@inline
+def finish(team, chunks):
+    """Marks a taken chunk as done. True for the last one: the caller then runs the serial step and calls `advance`."""
+    return _increment(team.ctypes.data + 8 * DONE) + 1 == chunks
+
+
+@inline
+def advance(team, phase):
+    """Closes a phase whose chunks are all done, and opens the next."""
+    _store(team.ctypes.data + 8 * DONE, 0)
+    _store(team.ctypes.data, (phase + 1) << _SHIFT)
+
+
+@inline
+def wait(team, phase):
+    """Returns the next phase's number once this one is closed."""
+    address = team.ctypes.data
+    spins = 0
+    while _load(address) >> _SHIFT == phase:
+        spins += 1
+        if spins > _SPINS:
+            _yield_core()
+    return phase + 1

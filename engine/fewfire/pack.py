@@ -1,0 +1,137 @@
+"""Packing: checkpoint in, packed model out.
+
+Streams: one matrix of one layer (or a run of rows of the embedding) is in memory at a time. Everything is written under a
+temporary name next to the target and renamed at the end, so a packed model is never half there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from fewfire import packed, quantize
+from fewfire.checkpoint import Checkpoint, open_checkpoint
+from fewfire.config import ModelConfig
+from fewfire.errors import CheckpointError, FewfireError
+from fewfire.packed import DESCRIPTION, TEMPLATE, TOKENIZER, WEIGHTS
+from fewfire.progress import Progress, silent
+
+_ROWS = 2048  # encoded at a time
+
+
+def pack(source: Path, out: Path, weights: str = "q4", progress: Progress = silent, name: str | None = None) -> Path:
+    """Converts the checkpoint at `source` into a packed model at `out`, which must not exist. Returns `out`.
+
+    Raises `ValueError` for an unknown format or an existing target, `CheckpointError` for a bad checkpoint,
+    `FewfireError` when the disk does not take it.
+    """
+    quantize.check_format(weights)
+    if out.exists():
+        raise ValueError(f"{out} exists already; remove it or choose another name")
+    checkpoint = open_checkpoint(source)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise FewfireError(f"cannot write to {out.parent} ({error.strerror})") from None
+    try:
+        _write(checkpoint, temporary, weights, progress, name or source.stem)
+        temporary.chmod(0o755)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise FewfireError(f"cannot write the packed model to {out} ({error.strerror})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def _write(checkpoint: Checkpoint, directory: Path, weights: str, progress: Progress, name: str) -> None:
+    config = checkpoint.config
+    contents = packed.arrays(config, weights)
+    first, offsets = packed.header(contents)
+    last = offsets[list(contents)[-1]] + contents[list(contents)[-1]].nbytes
+    total, done = last, 0
+    with (directory / WEIGHTS).open("wb") as file:
+        file.write(first)
+        for array_name, array in contents.items():
+            file.seek(offsets[array_name])
+            for rows in _rows(checkpoint, config, array_name, weights):
+                assert rows.dtype == array.dtype
+                rows.tofile(file)
+                done += rows.nbytes
+                progress(f"packing {name} as {weights}", done, total)
+        _fill(file, last + packed.PAGE - last % packed.PAGE)
+    (directory / TOKENIZER).write_text(checkpoint.tokenizer_json(), encoding="utf-8")
+    if (template := checkpoint.chat_template()) is not None:
+        (directory / TEMPLATE).write_text(template, encoding="utf-8")
+    description = {"version": packed.VERSION, "name": name, "weights": weights, "config": config.to_dict()}
+    (directory / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    progress(f"packing {name} as {weights}", total, total)
+
+
+def _fill(file: BinaryIO, size: int) -> None:
+    file.truncate(size)
+    file.flush()
+    with contextlib.suppress(OSError):  # some file systems cannot
+        os.fsync(file.fileno())
+
+
+def _rows(checkpoint: Checkpoint, config: ModelConfig, name: str, weights: str) -> Iterator[np.ndarray]:
+    """The contents of one array of the packed model, in runs of rows."""
+    if name in ("embed", "head"):
+        table = packed.table_format(weights)
+        for start in range(0, config.vocab_size, _ROWS):
+            stop = min(config.vocab_size, start + _ROWS)
+            yield _encode(checkpoint.read(f"{name}.weight", start, stop), table, "dot", f"{name}.weight")
+    elif name == "positions":
+        yield checkpoint.read("positions.weight")
+    elif name.startswith("final_norm"):
+        yield checkpoint.read("final_norm.bias" if name.endswith("bias") else "final_norm.weight")
+    else:
+        for layer in range(config.num_hidden_layers):
+            yield from _layer_rows(checkpoint, config, f"layers.{layer}.", name, weights)
+
+
+def _layer_rows(
+    checkpoint: Checkpoint, config: ModelConfig, at: str, name: str, weights: str
+) -> Iterator[np.ndarray]:
+    if name == "qkv":
+        for part in "qkv":
+            yield _encode(checkpoint.read(f"{at}{part}.weight"), weights, "dot", f"{at}{part}.weight")
+    elif name == "qkv_bias":
+        for part in "qkv":
+            yield checkpoint.read(f"{at}{part}.bias")
+    elif name in ("o", "gate"):
+        yield _encode(checkpoint.read(f"{at}{name}.weight"), weights, "dot", f"{at}{name}.weight")
+    elif name == "updown":
+        yield from _neurons(checkpoint, config, at, weights)
+    elif name.endswith("_bias"):
+        yield checkpoint.read(f"{at}{name.removesuffix('_bias')}.bias")
+    else:
+        yield checkpoint.read(f"{at}{name}.weight")
+
+
+def _neurons(checkpoint: Checkpoint, config: ModelConfig, at: str, weights: str) -> Iterator[np.ndarray]:
+    """Each neuron's up row and down row, next to each other."""
+    down = checkpoint.read(f"{at}down.weight")  # (hidden, neurons)
+    for start in range(0, config.intermediate_size, _ROWS):
+        stop = min(config.intermediate_size, start + _ROWS)
+        rows = [_encode(np.ascontiguousarray(down[:, start:stop].T), weights, "axpy", f"{at}down.weight")]
+        if config.gated:
+            up = checkpoint.read(f"{at}up.weight", start, stop)
+            rows.insert(0, _encode(up, weights, "dot", f"{at}up.weight"))
+        yield np.concatenate(rows, axis=1)
+
+
+def _encode(matrix: np.ndarray, weights: str, layout: quantize.Layout, name: str) -> np.ndarray:
+    if weights in ("q4", "q8") and np.abs(matrix).max(initial=0.0) > quantize.LARGEST[weights]:
+        raise CheckpointError(f"{name}: a weight is too large for {weights}; pack it as bf16 or f32")
+    return quantize.encode(matrix, weights, layout)

@@ -1,0 +1,188 @@
+"""A packed model: a directory with everything the engine needs, laid out so that weights are mapped and never copied.
+
+`fewfire.json` describes it, `weights.safetensors` holds the arrays under the names of `kernels.decode.Weights`, each
+beginning on a page, `tokenizer.json` and `chat_template.jinja` come from the checkpoint. Opening one checks the description
+against the file's header and size, so a damaged model is refused before the first token.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewfire import quantize
+from fewfire.config import ModelConfig
+from fewfire.errors import CheckpointError
+from fewfire.quantize import row_elements
+
+VERSION = 1
+DESCRIPTION, WEIGHTS, TOKENIZER, TEMPLATE = (
+    "fewfire.json",
+    "weights.safetensors",
+    "tokenizer.json",
+    "chat_template.jinja",
+)
+PAGE = 4096
+_SAFETENSORS = {"F32": np.float32, "U16": np.uint16, "I8": np.int8, "U8": np.uint8}
+_NAMES = {np.dtype(dtype): name for name, dtype in _SAFETENSORS.items()}
+_PARTS = {
+    "embed": ("embed", "positions"),
+    "attention": ("qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias"),
+    "ffn": ("gate", "gate_bias", "updown", "up_bias", "down_bias"),
+    "head": ("head",),
+}
+
+
+@dataclass(frozen=True)
+class Array:
+    """Shape and element type of one array of a packed model."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def table_format(weights: str) -> str:
+    """The format of the embedding and the head in a model of this format.
+
+    The head's rows meet every token, and 4 bits there cost more perplexity than everywhere else together for the bytes
+    that they save (perf/LOG.md, "formats"), so q4 models keep them in q8.
+    """
+    return "q8" if weights == "q4" else weights
+
+
+def arrays(config: ModelConfig, weights: str) -> dict[str, Array]:
+    """Every array that a packed model of this configuration and format holds, in the order of the file."""
+    c, layers = config, config.num_hidden_layers
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    out: dict[str, Array] = {}
+
+    def floats(name: str, *shape: int) -> None:
+        out[name] = Array(shape, np.dtype(np.float32))
+
+    def matrix(name: str, shape: tuple[int, int], *columns: int, weights: str = weights) -> None:
+        elements = sum(row_elements(weights, n) for n in columns)
+        out[name] = Array((*shape, elements), quantize.dtype(weights))
+
+    table = table_format(weights)
+    matrix("embed", (1, c.vocab_size), c.hidden_size, weights=table)
+    if not c.tie_word_embeddings:
+        matrix("head", (1, c.vocab_size), c.hidden_size, weights=table)
+    if c.rope is None:
+        floats("positions", c.max_position_embeddings, c.hidden_size)
+    matrix("qkv", (layers, queries + 2 * keys), c.hidden_size)
+    matrix("o", (layers, c.hidden_size), queries)
+    matrix("gate", (layers, c.intermediate_size), c.hidden_size)
+    down = (c.hidden_size, c.hidden_size) if c.gated else (c.hidden_size,)  # up row and down row, or down row alone
+    matrix("updown", (layers, c.intermediate_size), *down)
+    if c.qkv_bias:
+        floats("qkv_bias", layers, queries + 2 * keys)
+    if c.o_bias:
+        floats("o_bias", layers, c.hidden_size)
+    if c.ffn_bias:
+        floats("gate_bias", layers, c.intermediate_size)
+        floats("down_bias", layers, c.hidden_size)
+        if c.gated:
+            floats("up_bias", layers, c.intermediate_size)
+    if c.qk_norm:
+        floats("q_norm", layers, c.head_dim)
+        floats("k_norm", layers, c.head_dim)
+    for name in ("attn_norm", "ffn_norm", "final_norm"):
+        count = 1 if name == "final_norm" else layers
+        floats(name, count, c.hidden_size)
+        if c.norm == "layer":
+            floats(f"{name}_bias", count, c.hidden_size)
+    if c.post_norms:
+        floats("attn_post_norm", layers, c.hidden_size)
+        floats("ffn_post_norm", layers, c.hidden_size)
+    return out
+
+
+def header(contents: dict[str, Array]) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of the safetensors file, and where in the file each array begins.
+
+    The format allows no gaps, so padding up to the next page is an array of its own; there is one after the last array
+    too, since kernels may read a few bytes past a row.
+    """
+    entries: dict[str, Any] = {}
+    offsets, at = {}, 0
+    for name, array in contents.items():
+        offsets[name] = at
+        end = at + array.nbytes
+        entries[name] = {
+            "dtype": _NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [at, end],
+        }
+        at = end + PAGE - end % PAGE
+        entries[f"padding.{name}"] = {"dtype": "U8", "shape": [at - end], "data_offsets": [end, at]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % PAGE)
+    begin = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: begin + offset for name, offset in offsets.items()}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An opened packed model; `arrays` are read-only views of the mapped file."""
+
+    path: Path
+    name: str
+    config: ModelConfig
+    weights: str
+    arrays: dict[str, np.ndarray]
+
+    def parts(self) -> dict[str, int]:
+        """Bytes of the embedding, attention, FFN, head and norms; a tied head has none of its own."""
+        sizes = {part: sum(self._bytes(n) for n in names) for part, names in _PARTS.items()}
+        sizes["norms"] = sum(a.nbytes for a in self.arrays.values()) - sum(sizes.values())
+        return sizes
+
+    def _bytes(self, name: str) -> int:
+        return self.arrays[name].nbytes if name in self.arrays else 0
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a directory holds a packed model."""
+    return (path / DESCRIPTION).is_file()
+
+
+def open_packed(path: Path) -> Packed:
+    """Maps a packed model. Raises `CheckpointError` if it is damaged or of another version."""
+    remedy = f"pack it again (or delete {path})"
+    try:
+        description = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
+        version, weights = description["version"], description["weights"]
+        if version != VERSION:
+            raise CheckpointError(f"{path}: packed by another version of fewfire ({version}, not {VERSION}); {remedy}")
+        quantize.check_format(weights)
+        config = ModelConfig.from_dict(description["config"])
+        contents = arrays(config, weights)
+        first, offsets = header(contents)
+        with (path / WEIGHTS).open("rb") as file:
+            if file.read(len(first)) != first:
+                raise CheckpointError(f"{path}: the header of {WEIGHTS} does not fit {DESCRIPTION}; {remedy}")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        last = list(contents)[-1]
+        if len(mapped) < offsets[last] + contents[last].nbytes + 1:
+            raise CheckpointError(f"{path}: {WEIGHTS} is truncated; {remedy}")
+        views = {
+            name: np.frombuffer(mapped, a.dtype, math.prod(a.shape), offsets[name]).reshape(a.shape)
+            for name, a in contents.items()
+        }
+        return Packed(path, str(description["name"]), config, weights, views)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read the packed model ({error.strerror}); {remedy}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        raise CheckpointError(f"{path}: {DESCRIPTION} is damaged; {remedy}") from None

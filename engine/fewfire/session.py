@@ -1,0 +1,68 @@
+"""One conversation: a KV cache and the tokens it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fewfire.engine import BATCH
+from fewfire.errors import ContextFullError
+
+if TYPE_CHECKING:
+    from fewfire.model import Model
+
+_FIRST_CAPACITY = 256
+
+
+class Session:
+    """Tokens that the model has read, with their keys and values. Any number of sessions share a model.
+
+    A session is for one thread at a time; different sessions may be used from different threads.
+    `tokens` are the ids in the cache; treat it as read-only.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.tokens: list[int] = []
+        self._cache = model.engine.new_cache(min(_FIRST_CAPACITY, model.context))
+
+    def feed(self, ids: Sequence[int], *, all_logits: bool = False) -> np.ndarray:
+        """Reads tokens; returns the logits after the last one, `(vocab,)` float32, or after each, `(len(ids), vocab)`.
+
+        Raises `ValueError` for no tokens or an id outside the vocabulary, `ContextFullError` if they do not fit.
+        """
+        vocab = self.model.config.vocab_size
+        if not len(ids):
+            raise ValueError("there are no tokens to read")
+        if min(ids) < 0 or max(ids) >= vocab:
+            raise ValueError(f"token ids must be from 0 to {vocab - 1}")
+        self._reserve(len(self.tokens) + len(ids))
+        engine, parts = self.model.engine, []
+        for start in range(0, len(ids), BATCH):
+            part, position = [int(i) for i in ids[start : start + BATCH]], len(self.tokens)
+            if len(part) == 1:
+                logits = engine.decode(part[0], position, self._cache)[None]
+            else:
+                logits = engine.prefill(part, position, self._cache, all_logits)
+            self.tokens.extend(part)
+            if all_logits or start + BATCH >= len(ids):
+                parts.append(logits)
+        return np.concatenate(parts) if all_logits else parts[-1][-1]
+
+    def rewind(self, n: int) -> None:
+        """Keeps the first `n` tokens and forgets the rest. Raises `ValueError` if there are fewer."""
+        if not 0 <= n <= len(self.tokens):
+            raise ValueError(f"cannot keep {n} of {len(self.tokens)} tokens")
+        del self.tokens[n:]
+
+    def _reserve(self, count: int) -> None:
+        context = self.model.context
+        if count > context:
+            raise ContextFullError(
+                f"{count} tokens do not fit the context of {context}; start a new conversation or shorten the prompt"
+            )
+        capacity = self._cache.capacity
+        if count > capacity:
+            self._cache = self._cache.grown(min(context, max(count, 2 * capacity)), len(self.tokens))

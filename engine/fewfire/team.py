@@ -1,0 +1,68 @@
+"""The threads that run a kernel together: the caller's own and some that wait for work.
+
+Nobody waits for the others to arrive (see `kernels/team.py`): a call returns when its work is done, even if a worker
+has not woken up yet. A worker that comes late finds every phase closed and goes back to waiting.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from fewfire.kernels.team import new_team, next_phase
+
+_Job = tuple[Callable[..., None], tuple[Any, ...]]
+
+
+def default_threads() -> int:
+    """The cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        return os.cpu_count() or 1
+
+
+class Team:
+    """`threads` threads that run kernels of the form `kernel(team, phase, thread, *arguments)`. One call at a time."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._state = new_team()
+        self._queues: list[SimpleQueue[_Job | None]] = [SimpleQueue() for _ in range(threads - 1)]
+        for number, queue in enumerate(self._queues, start=1):
+            threading.Thread(target=_work, args=(queue, number), name=f"fewfire-{number}", daemon=True).start()
+        weakref.finalize(self, _dismiss, self._queues)
+
+    def run(self, kernel: Callable[..., None], *arguments: Any) -> None:
+        """Runs the kernel on all threads; returns when its last phase is closed."""
+        phase = next_phase(self._state)
+        for number, queue in enumerate(self._queues, start=1):
+            queue.put((kernel, (self._state, phase, number, *arguments)))
+        kernel(self._state, phase, 0, *arguments)
+
+
+def _work(queue: SimpleQueue[_Job | None], number: int) -> None:
+    while (job := _newest(queue)) is not None:
+        kernel, arguments = job
+        kernel(*arguments)
+        del job, kernel, arguments  # so that an idle worker keeps no model alive
+
+
+def _newest(queue: SimpleQueue[_Job | None]) -> _Job | None:
+    """Waits for work; of several jobs in the queue only the last is still open."""
+    job = queue.get()
+    while job is not None:
+        try:
+            job = queue.get_nowait()
+        except Empty:
+            return job
+    return None
+
+
+def _dismiss(queues: list[SimpleQueue[_Job | None]]) -> None:
+    for queue in queues:
+        queue.put(None)
