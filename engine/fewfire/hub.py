@@ -146,6 +146,11 @@ def _bar(repo: str, progress: Progress) -> Any:
             kwargs.pop("name", None)
             super().__init__(*args, **{**kwargs, "disable": False})
 
+        def update(self, n: float | None = 1) -> bool | None:
+            drawn = super().update(n)
+            self.display()  # the base class skips what comes too fast for the eye, the last bytes with it
+            return drawn
+
         def display(self, *args: Any, **kwargs: Any) -> None:
             if self._counts:
                 progress(f"downloading {repo}", int(self.n), int(self.total or 0))

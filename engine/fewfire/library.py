@@ -80,10 +80,12 @@ def _source(path: Path) -> Cached:
 def _packed(path: Path) -> Cached:
     try:
         about = json.loads((path / "fewfire.json").read_text(encoding="utf-8"))
-        name, weights = about.get("name") or path.name, about.get("weights")
-        return Cached(f"{name}:{weights}" if weights else str(name), "packed", path, _size(path))
+        name, weights = about.get("name", path.name), about.get("weights", "")
+        if isinstance(name, str) and isinstance(weights, str):
+            return Cached(f"{name}:{weights}" if weights else name, "packed", path, _size(path))
     except (OSError, ValueError, AttributeError, RecursionError):
-        return Cached(path.name, "packed", path, _size(path), damaged=True)
+        pass
+    return Cached(path.name, "packed", path, _size(path), damaged=True)
 
 
 def _size(path: Path) -> int:

