@@ -12,7 +12,6 @@ import pytest
 from fewfire.checkpoint import Checkpoint, open_checkpoint
 from fewfire.config import ModelConfig
 from fewfire.reference import ReferenceCache, activate, forward, softmax
-from fewfire.sources import resolve
 from tiny import FAMILIES, prompt, write_tiny
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -46,9 +45,8 @@ def peers() -> Any:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Checkpoint:
-    """The default model."""
-    return open_checkpoint(resolve("smollm2"))
+def smollm2(smollm2_path: Path) -> Checkpoint:
+    return open_checkpoint(smollm2_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -68,6 +66,16 @@ def test_matches_transformers_at_odd_sizes(family: str, tmp_path: Path, peers: A
     checkpoint = open_checkpoint(write_tiny(family, tmp_path, seed=1, **ODD))
     theirs = peers.logits(peers.from_directory(tmp_path), ids)
     assert np.abs(reference(checkpoint, ids) - theirs).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("sparsellama", "bamboo")])
+def test_reads_what_transformers_writes(family: str, tmp_path: Path, peers: Any) -> None:
+    """Newer versions spell config.json otherwise (rope_parameters, layer_types) than tiny.py does."""
+    tiny = open_checkpoint(write_tiny(family, tmp_path / "tiny"))
+    peers.from_directory(tiny.path).save_pretrained(tmp_path / "rewritten")
+    rewritten = open_checkpoint(tmp_path / "rewritten")
+    assert rewritten.config == tiny.config
+    assert all(np.array_equal(rewritten.read(name), tiny.read(name)) for name in tiny.config.shapes())
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
