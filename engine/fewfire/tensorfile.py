@@ -82,7 +82,7 @@ def _entry(path: Path, name: str, info: Any, base: int, size: int) -> Entry:
     """One line of the header, checked against the length of the file."""
     try:
         dtype, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        whole = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
         width = _WIDTHS.get(dtype)
     except (KeyError, TypeError, ValueError):
         whole, width = False, None
@@ -95,7 +95,7 @@ def _entry(path: Path, name: str, info: Any, base: int, size: int) -> Entry:
             f"{path}: truncated: tensor {name[:80]!r} ends at byte {base + end}, "
             f"the file has {size}; fetch it again"
         )
-    return Entry(path, str(dtype), shape, base + begin)
+    return Entry(path, dtype, shape, base + begin)
 
 
 def readable(entry: Entry) -> bool:
