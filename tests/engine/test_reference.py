@@ -17,7 +17,7 @@ from tiny import FAMILIES, prompt, write_tiny
 GOLDEN = Path(__file__).parent.parent / "golden"
 TOLERANCE = 2e-4  # ten times under what the engine has to meet; float32 rounding alone gives 5e-5
 # Widths that are no multiple of anything, one key head for all, a vocabulary larger than the tokenizer's
-ODD = {
+ODD: dict[str, Any] = {
     "hidden_size": 40,
     "intermediate_size": 50,
     "num_attention_heads": 5,
