@@ -38,9 +38,7 @@ class ChatTemplate:
                 f"the chat template is broken in line {error.lineno} ({_line(error)}): {_REMEDY}"
             ) from error
         except Exception as error:  # RecursionError on absurd nesting, constants folded at compile time
-            raise CheckpointError(
-                f"the chat template cannot be compiled ({_line(error)}): {_REMEDY}"
-            ) from error
+            raise CheckpointError(f"the chat template cannot be compiled ({_line(error)}): {_REMEDY}") from error
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt as text. Raises `ValueError` for messages that the template refuses."""
@@ -96,9 +94,7 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, str]]:
         raise ValueError("no messages: a chat needs at least one")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise ValueError(
-                f"message {i} must be a dict with role and content, not {type(message).__name__}"
-            )
+            raise ValueError(f"message {i} must be a dict with role and content, not {type(message).__name__}")
         for key in ("role", "content"):
             if key not in message:
                 raise ValueError(f"message {i} has no {key!r}")
@@ -152,9 +148,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Plain JSON, where jinja2's own filter would escape it for HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _line(error: BaseException) -> str:

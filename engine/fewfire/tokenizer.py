@@ -133,9 +133,7 @@ class Tokenizer:
                 end = start + 1
         return "".join([*pieces, text[end:]])
 
-    def encode(
-        self, text: str, *, add_bos: bool = False, parse_special: bool = False, drop: str = ""
-    ) -> list[int]:
+    def encode(self, text: str, *, add_bos: bool = False, parse_special: bool = False, drop: str = "") -> list[int]:
         """Ids of a text. Special tokens in it count as such only with `parse_special`.
 
         `drop` is a character that is left out, but only after the special tokens have been found: it keeps
@@ -209,8 +207,9 @@ class StreamDecoder:
 
     def push(self, token_id: int) -> str:
         """Add an id; returns what became certain, often "" or more than this id's own text."""
-        if self._skip_special and self._tokenizer.is_special(token_id):
-            return ""
+        hidden = self._skip_special and self._tokenizer.is_special(token_id)
+        if hidden or self._tokenizer.id_to_token(token_id) is None:
+            return ""  # `decode` leaves it out, so what stands around it is one run
         self._window.append(token_id)
         if self._tokenizer.is_byte(token_id):
             return ""  # one bad byte turns a whole run of byte tokens into U+FFFD: wait for its end
