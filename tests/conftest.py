@@ -26,14 +26,14 @@ os.environ["FEWFIRE_CACHE"] = str(_SESSION_CACHE)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def _share(name: str) -> None:
-    (USER_CACHE / name).mkdir(parents=True, exist_ok=True)
-    (_SESSION_CACHE / name).symlink_to(USER_CACHE / name, target_is_directory=True)
+def _share_kernels(cache: Path) -> None:
+    with contextlib.suppress(OSError):  # a home that cannot be written: the session compiles for itself
+        (USER_CACHE / "kernels").mkdir(parents=True, exist_ok=True)
+        (cache / "kernels").symlink_to(USER_CACHE / "kernels", target_is_directory=True)
 
 
 def pytest_configure() -> None:
-    with contextlib.suppress(OSError):  # a home that cannot be written: the session compiles for itself
-        _share("kernels")
+    _share_kernels(_SESSION_CACHE)
 
 
 def pytest_unconfigure() -> None:
@@ -66,6 +66,9 @@ def smollm2_path() -> Path:
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache directory for one test."""
-    monkeypatch.setenv("FEWFIRE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    """A cache directory for one test, empty but for the compiled kernels."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    _share_kernels(cache)
+    monkeypatch.setenv("FEWFIRE_CACHE", str(cache))
+    return cache

@@ -61,5 +61,6 @@ def printable(text: str) -> str:
 
 def write(text: str) -> None:
     """Text of a model to stdout at once; exactly as it is when stdout is no terminal."""
-    click.echo(printable(text) if is_terminal(sys.stdout) else text, nl=False)
+    # Not through click, which would take what looks like colour out of it.
+    sys.stdout.write(printable(text) if is_terminal(sys.stdout) else text)
     sys.stdout.flush()
