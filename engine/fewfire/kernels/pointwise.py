@@ -1,13 +1,15 @@
 """Elementwise steps between the matrices: norms, activations, RoPE, and quantising a vector for the integer kernels.
 
-Vectors are float32 and padded with zeros to a multiple of 64 elements.
+Vectors are known by their addresses; they are float32, and buffers are padded with zeros to a multiple of 64 elements.
 """
 
 import math
 
 import numpy as np
+from numba import types
 
-from fewfire.kernels.compile import inline
+from fewfire.kernels.compile import inline, primitive
+from fewfire.kernels.gather import COLUMNS, LANES, QUANTS, SCALES, SCRATCH, SUMS, VALUES
 from fewfire.kernels.simd import (
     absolute,
     add,
@@ -15,8 +17,10 @@ from fewfire.kernels.simd import (
     divide,
     dot_s8,
     fma,
+    load_f32,
     load_f32x8,
     load_i8x32,
+    load_i64,
     max_lane,
     maximum,
     minimum,
@@ -24,6 +28,7 @@ from fewfire.kernels.simd import (
     ones_i8,
     rint,
     splat_f32,
+    store_f32,
     store_f32x8,
     store_i32x8,
     store_rounded_i8x8,
@@ -34,6 +39,8 @@ from fewfire.kernels.simd import (
     where_over,
     zeros_i32,
 )
+
+_I = types.int64
 
 SILU, GELU_TANH, RELU, RELU2, FATRELU = range(5)  # the order of config.ACTIVATIONS
 
@@ -61,78 +68,72 @@ def _sigmoid(x):
     return divide(one, add(one, exp(subtract(splat_f32(0.0), x))))
 
 
-@inline
+@primitive(_I, types.float64, _I, _I)
 def activate(kind, threshold, values, count):
     """values[:count] = act(values[:count]); up to 7 elements past the end are overwritten."""
-    at = values.ctypes.data
+    end = values + 4 * count
     if kind == SILU:
-        for i in range(0, 4 * count, 32):
-            x = load_f32x8(at + i)
-            store_f32x8(at + i, mul(x, _sigmoid(x)))
+        for at in range(values, end, 32):
+            x = load_f32x8(at)
+            store_f32x8(at, mul(x, _sigmoid(x)))
     elif kind == GELU_TANH:
-        for i in range(0, 4 * count, 32):
-            x = load_f32x8(at + i)
+        for at in range(values, end, 32):
+            x = load_f32x8(at)
             inner = mul(x, fma(mul(x, x), splat_f32(0.044715), splat_f32(1.0)))
             # 0.5 (1 + tanh z) = sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)
-            store_f32x8(at + i, mul(x, _sigmoid(mul(inner, splat_f32(1.5957691216057308)))))
+            store_f32x8(at, mul(x, _sigmoid(mul(inner, splat_f32(1.5957691216057308)))))
     elif kind == RELU2:
-        for i in range(0, 4 * count, 32):
-            x = maximum(load_f32x8(at + i), splat_f32(0.0))
-            store_f32x8(at + i, mul(x, x))
+        for at in range(values, end, 32):
+            x = maximum(load_f32x8(at), splat_f32(0.0))
+            store_f32x8(at, mul(x, x))
     else:  # relu, and relu over a threshold
-        for i in range(0, 4 * count, 32):
-            store_f32x8(at + i, where_over(load_f32x8(at + i), splat_f32(threshold)))
+        for at in range(values, end, 32):
+            store_f32x8(at, where_over(load_f32x8(at), splat_f32(threshold)))
 
 
-@inline
+@primitive(_I, _I, types.float64, _I, _I)
 def rms_norm(x, weight, eps, count, out):
-    """out = x / sqrt(mean(x^2) + eps) * weight (1910.07467)."""
-    total = splat_f32(0.0)
-    for i in range(0, 4 * (count - count % 8), 32):
-        v = load_f32x8(x.ctypes.data + i)
+    """out = x / sqrt(mean(x^2) + eps) * weight (1910.07467); out may be x."""
+    total, whole = splat_f32(0.0), 4 * (count - count % 8)
+    for i in range(0, whole, 32):
+        v = load_f32x8(x + i)
         total = fma(v, v, total)
-    squares = sum_lanes(total)
-    for i in range(count - count % 8, count):
-        squares += x[i] * x[i]
+    squares = np.float64(sum_lanes(total))
+    for i in range(whole, 4 * count, 4):
+        squares += load_f32(x + i) * load_f32(x + i)
     inverse = np.float32(1.0 / math.sqrt(squares / count + eps))
-    for i in range(count):
-        out[i] = x[i] * inverse * weight[i]
+    for i in range(0, whole, 32):
+        store_f32x8(out + i, mul(mul(load_f32x8(x + i), splat_f32(inverse)), load_f32x8(weight + i)))
+    for i in range(whole, 4 * count, 4):
+        store_f32(out + i, load_f32(x + i) * inverse * load_f32(weight + i))
 
 
-@inline
+@primitive(_I, _I, _I, types.float64, _I, _I)
 def layer_norm(x, weight, bias, eps, count, out):
     """out = (x - mean) / sqrt(var + eps) * weight + bias (1607.06450)."""
     mean = np.float64(0.0)
-    for i in range(count):
-        mean += x[i]
+    for i in range(0, 4 * count, 4):
+        mean += load_f32(x + i)
     mean /= count
     variance = np.float64(0.0)
-    for i in range(count):
-        variance += (x[i] - mean) ** 2
-    inverse = np.float32(1.0 / math.sqrt(variance / count + eps))
-    for i in range(count):
-        out[i] = (x[i] - np.float32(mean)) * inverse * weight[i] + bias[i]
+    for i in range(0, 4 * count, 4):
+        variance += (load_f32(x + i) - mean) ** 2
+    inverse = 1.0 / math.sqrt(variance / count + eps)
+    for i in range(0, 4 * count, 4):
+        store_f32(out + i, (load_f32(x + i) - mean) * inverse * load_f32(weight + i) + load_f32(bias + i))
 
 
-@inline
-def norm(x, weights, biases, layer, eps, count, out):
-    """The layer's norm: LayerNorm where the model has norm biases, RMS norm where it has none."""
-    if biases.shape[0] > 0:
-        layer_norm(x, weights[layer], biases[layer], eps, count, out)
-    else:
-        rms_norm(x, weights[layer], eps, count, out)
-
-
-@inline
-def quantize(x):
-    """Fills in the int8 side of an `Activation` from its float32 values: groups of 32, scale = largest |value| / 127.
+@primitive(_I, _I)
+def quantize(x, t):
+    """Fills in the int8 side of vector t of an activation from its float32 values: groups of 32, scale = max |v| / 127.
 
     A block is up to eight groups; within it the bytes are interleaved in fours as in the rows (see `gather.py`).
     """
-    groups = x.quants.size // 32
-    values, quants, plain = x.values.ctypes.data, x.quants.ctypes.data, x.scratch.ctypes.data
-    sums = x.sums.ctypes.data
-    first_lane = 0
+    columns, lanes = load_i64(x + COLUMNS), 4 * load_i64(x + LANES)
+    values, quants = load_i64(x + VALUES) + 4 * t * columns, load_i64(x + QUANTS) + t * columns
+    scales, sums = load_i64(x + SCALES) + t * lanes, load_i64(x + SUMS) + t * lanes
+    plain = load_i64(x + SCRATCH) + 256 * t
+    groups = columns // 32
     while groups > 0:
         block = 8 if groups >= 8 else (4 if groups >= 4 else 2)
         spread = 8 // block  # lanes per group
@@ -140,14 +141,13 @@ def quantize(x):
             a, b = load_f32x8(values), load_f32x8(values + 32)
             c, d = load_f32x8(values + 64), load_f32x8(values + 96)
             largest = max_lane(maximum(maximum(absolute(a), absolute(b)), maximum(absolute(c), absolute(d))))
-            scale = largest / np.float32(127.0)
             inverse = splat_f32(np.float32(127.0) / largest if largest > 0.0 else np.float32(0.0))
             store_rounded_i8x8(plain + 32 * g, mul(a, inverse))
             store_rounded_i8x8(plain + 32 * g + 8, mul(b, inverse))
             store_rounded_i8x8(plain + 32 * g + 16, mul(c, inverse))
             store_rounded_i8x8(plain + 32 * g + 24, mul(d, inverse))
             for lane in range(spread):
-                x.scales[first_lane + spread * g + lane] = scale
+                store_f32(scales + 4 * (spread * g + lane), largest / np.float32(127.0))
             values += 128
         total = zeros_i32()
         for v in range(block):
@@ -155,14 +155,13 @@ def quantize(x):
                 copy_4_bytes(quants + 32 * v + 4 * lane, plain + 4 * (lane * block + v))
             total = dot_s8(total, ones_i8(), load_i8x32(quants + 32 * v))
         store_i32x8(sums, times_8(total))
-        quants, sums, first_lane, groups = quants + 32 * block, sums + 32, first_lane + 8, groups - block
+        quants, scales, sums, groups = quants + 32 * block, scales + 32, sums + 32, groups - block
 
 
-@inline
-def rotate(vector, cos, sin):
-    """RoPE of one head in place, pairing element i with i + head_dim / 2 (2104.09864, the layout of transformers)."""
-    half = cos.size
-    for i in range(half):
-        a, b = vector[i], vector[i + half]
-        vector[i] = a * cos[i] - b * sin[i]
-        vector[i + half] = b * cos[i] + a * sin[i]
+@primitive(_I, _I, _I, _I)
+def rotate(vector, cos, sin, half):
+    """RoPE of one head in place, pairing element i with i + half (2104.09864, the layout of transformers)."""
+    for i in range(0, 4 * half, 4):
+        a, b = load_f32(vector + i), load_f32(vector + i + 4 * half)
+        store_f32(vector + i, a * load_f32(cos + i) - b * load_f32(sin + i))
+        store_f32(vector + i + 4 * half, b * load_f32(cos + i) + a * load_f32(sin + i))

@@ -3,45 +3,26 @@
 All neurons are computed: between them, the tokens of a batch use nearly all.
 """
 
-from typing import NamedTuple
-
-import numpy as np
-
-from fewfire.kernels.attention import attend
 from fewfire.kernels.compile import inline, kernel
-from fewfire.kernels.decode import add_block, embed, first_visible, place_heads, set_rope
-from fewfire.kernels.dense import STRIP, TOKENS, dot_tokens, down_strip
-from fewfire.kernels.gather import Activation
-from fewfire.kernels.pointwise import activate, norm, quantize
+from fewfire.kernels.dense import STRIP, TOKENS
+from fewfire.kernels.gather import COLUMNS, LANES, QUANTS, SCALES, SUMS, VALUES
+from fewfire.kernels.layer import (
+    add_block,
+    at,
+    cell,
+    embed,
+    first_visible,
+    next_input,
+    place_heads,
+    row_of,
+    set_rope,
+)
+from fewfire.kernels.simd import call
 from fewfire.kernels.team import advance, finish, take, wait
 
 NEURONS = 16  # neurons of a chunk
 _ROWS = 16  # rows of a chunk
-
-
-class Batch(NamedTuple):
-    """Buffers of one batch; the number of tokens is a multiple of 4. Those of the last line are one per thread."""
-
-    x: Activation  # (tokens, hidden)
-    attended: Activation  # (tokens, heads * head_dim)
-    hidden: np.ndarray  # (tokens, hidden)
-    delta: np.ndarray  # (tokens, hidden)
-    qkv: np.ndarray  # (tokens, rows of qkv)
-    query: np.ndarray  # (tokens, heads, width of the cache)
-    fired: np.ndarray  # (tokens, neurons) act(gate) * up
-    gate: np.ndarray  # (threads, tokens, NEURONS)
-    up: np.ndarray  # (threads, tokens, NEURONS)
-    panel: np.ndarray  # (threads, 64 * 64)
-    key: np.ndarray  # (threads, width of the cache)
-    context: np.ndarray  # (threads, width of the cache)
-    scores: np.ndarray  # (threads, capacity rounded up to 8)
-    cos: np.ndarray  # (threads, 2, head_dim / 2)
-    sin: np.ndarray
-
-
-@inline
-def _token(x, t):
-    return Activation(x.values[t], x.quants[t], x.scales[t], x.sums[t], x.scratch[t])
+_HEAD_ROWS = 64
 
 
 @inline
@@ -50,54 +31,79 @@ def _chunks(count, size):
 
 
 @inline
-def _next_inputs(weights, biases, layer, shape, hidden, x, start, stop):
+def _next_inputs(run, weights, biases, layer, shape, hidden, x, start, stop):
     for t in range(start, stop):
-        row = _token(x, t)
-        norm(hidden[t], weights, biases, layer, shape.eps, shape.hidden, row.values)
-        quantize(row)
+        next_input(run, weights, biases, layer, shape, hidden[t], x, t)
 
 
 @inline
-def _bias_columns(biases, layer, start, stop, out, shift):
+def _add_blocks(run, hidden, delta, biases, post_norm, layer, shape, start, stop):
+    for t in range(start, stop):
+        add_block(run, hidden[t], delta[t], biases, post_norm, layer, shape)
+
+
+@inline
+def _bias_columns(biases, layer, start, count, out, column):
+    """out[t, column + i] += bias[start + i] for all tokens."""
     if biases.shape[0] > 0:
         for t in range(out.shape[0]):
-            for i in range(start, stop):
-                out[t, i - shift] += biases[layer, i]
+            for i in range(count):
+                out[t, column + i] += biases[layer, start + i]
 
 
 @inline
-def _fire(weights, shape, layer, start, stop, x, gate, up, fired):
+def _fire(run, weights, shape, layer, start, count, x, gate, up, fired):
     """act(gate) * up of some neurons, all tokens."""
-    n = stop - start
-    dot_tokens(weights.gate, layer, start, stop, x, gate, start)
-    _bias_columns(weights.gate_bias, layer, start, stop, gate, start)
+    tokens, row = gate.shape[0], 4 * gate.shape[1]
+    gates, ups = row_of(weights.gate, layer, start), row_of(weights.updown, layer, start)
+    call(run.dot_tokens, (gates, weights.gate.shape[2], count, x, tokens, at(gate), row))
+    _bias_columns(weights.gate_bias, layer, start, count, gate, 0)
+    call(run.activate, (shape.activation, shape.act_threshold, at(gate), gate.size))
     if shape.gated:
-        dot_tokens(weights.updown, layer, start, stop, x, up, start)
-        _bias_columns(weights.up_bias, layer, start, stop, up, start)
-    for t in range(x.quants.shape[0]):
-        activate(shape.activation, shape.act_threshold, gate[t], n)
+        call(run.dot_tokens, (ups, weights.updown.shape[2], count, x, tokens, at(up), row))
+        _bias_columns(weights.up_bias, layer, start, count, up, 0)
         if shape.act_on_up:
-            activate(shape.activation, shape.act_threshold, up[t], n)
-        for j in range(n):
-            fired[t, start + j] = gate[t, j] * up[t, j] if shape.gated else gate[t, j]
+            call(run.activate, (shape.activation, shape.act_threshold, at(up), up.size))
+        for t in range(tokens):
+            for j in range(count):
+                fired[t, start + j] = gate[t, j] * up[t, j]
+    else:
+        for t in range(tokens):
+            for j in range(count):
+                fired[t, start + j] = gate[t, j]
+
+
+@inline
+def _attend(run, weights, shape, layer, position, cache, query, scores, context, out):
+    """All heads of one token; `out` is the address of the joined heads."""
+    start, stop = first_visible(weights, layer, position), position + 1
+    for head in range(shape.heads):
+        kv_head = head * shape.kv_heads // shape.heads
+        keys, values = cell(cache.keys, layer, kv_head, 0), cell(cache.values, layer, kv_head, 0)
+        scale, width = shape.attention_scale, context.size
+        call(run.attend, (keys, values, start, stop, at(query[head]), scale, at(scores), at(context), width))
+        for i in range(shape.head_dim):
+            out[head * shape.head_dim + i] = context[i]
 
 
 @kernel
-def prefill(team, phase, thread, weights, shape, tokens, position, keys, values, batch, first_logits, logits):
+def prefill(team, phase, thread, run, weights, shape, tokens, position, cache, batch, logits):
     """The tokens from `position` on; their keys and values go into the cache; run by every thread of the team.
 
-    tokens: int32; first_logits: the first token of the batch whose logits are wanted; logits: (tokens of the batch -
-    first_logits, vocab) float32. Other arguments as in `decode`.
+    tokens: int32; logits: (a multiple of 4, vocab) float32, of the batch's last tokens, its padding included. Other
+    arguments as in `layer.py`.
     """
-    count, x, hidden = tokens.size, batch.x, batch.hidden
+    count, hidden, padded = tokens.size, batch.hidden, batch.hidden.shape[0]
+    x, attended = at(batch.x), at(batch.attended)
     blocks = _chunks(count, TOKENS)
 
     block = take(team, phase, blocks)
     while block >= 0:
         start, stop = TOKENS * block, min(count, TOKENS * block + TOKENS)
         for t in range(start, stop):
-            embed(weights, shape, tokens[t], position + t, hidden[t])
-        _next_inputs(weights.attn_norm, weights.attn_norm_bias, 0, shape, hidden, x, start, stop)
+            embed(run, weights, shape, tokens[t], position + t, hidden[t])
+            set_rope(weights, position + t, batch.cos[t], batch.sin[t])
+        _next_inputs(run, weights.attn_norm, weights.attn_norm_bias, 0, shape, hidden, x, start, stop)
         if finish(team, blocks):
             advance(team, phase)
         block = take(team, phase, blocks)
@@ -108,9 +114,11 @@ def prefill(team, phase, thread, weights, shape, tokens, position, keys, values,
         chunks = _chunks(rows, _ROWS)
         chunk = take(team, phase, chunks)
         while chunk >= 0:
-            start, stop = _ROWS * chunk, min(rows, _ROWS * chunk + _ROWS)
-            dot_tokens(weights.qkv, layer, start, stop, x, batch.qkv, 0)
-            _bias_columns(weights.qkv_bias, layer, start, stop, batch.qkv, 0)
+            start = _ROWS * chunk
+            part, out, row = min(rows - start, _ROWS), at(batch.qkv) + 4 * start, 4 * rows
+            matrix, stride = row_of(weights.qkv, layer, start), weights.qkv.shape[2]
+            call(run.dot_tokens, (matrix, stride, part, x, padded, out, row))
+            _bias_columns(weights.qkv_bias, layer, start, part, batch.qkv, start)
             if finish(team, chunks):
                 advance(team, phase)
             chunk = take(team, phase, chunks)
@@ -119,10 +127,9 @@ def prefill(team, phase, thread, weights, shape, tokens, position, keys, values,
         block = take(team, phase, blocks)
         while block >= 0:
             for t in range(TOKENS * block, min(count, TOKENS * block + TOKENS)):
-                set_rope(weights, position + t, batch.cos[thread], batch.sin[thread])
                 place_heads(
-                    weights, shape, layer, position + t, batch.qkv[t], batch.cos[thread], batch.sin[thread],
-                    batch.query[t], batch.key[thread], keys, values,
+                    run, weights, shape, layer, position + t, batch.qkv[t], batch.cos[t], batch.sin[t],
+                    batch.query[t], batch.key[thread], cache,
                 )  # fmt: skip
             if finish(team, blocks):
                 advance(team, phase)
@@ -132,17 +139,11 @@ def prefill(team, phase, thread, weights, shape, tokens, position, keys, values,
         block = take(team, phase, blocks)
         while block >= 0:
             for t in range(TOKENS * block, min(count, TOKENS * block + TOKENS)):
-                row = _token(batch.attended, t)
-                start = first_visible(weights, layer, position + t)
-                for head in range(shape.heads):
-                    kv_head = head * shape.kv_heads // shape.heads
-                    attend(
-                        keys, values, layer, kv_head, start, position + t + 1, batch.query[t, head],
-                        np.float32(shape.attention_scale), batch.scores[thread], batch.context[thread],
-                    )  # fmt: skip
-                    for i in range(shape.head_dim):
-                        row.values[head * shape.head_dim + i] = batch.context[thread, i]
-                quantize(row)
+                _attend(
+                    run, weights, shape, layer, position + t, cache, batch.query[t], batch.scores[thread],
+                    batch.context[thread], batch.joined[t],
+                )  # fmt: skip
+                call(run.quantize, (attended, t))
             if finish(team, blocks):
                 advance(team, phase)
             block = take(team, phase, blocks)
@@ -151,8 +152,10 @@ def prefill(team, phase, thread, weights, shape, tokens, position, keys, values,
         chunks = _chunks(shape.hidden, _ROWS)
         chunk = take(team, phase, chunks)
         while chunk >= 0:
-            start, stop = _ROWS * chunk, min(shape.hidden, _ROWS * chunk + _ROWS)
-            dot_tokens(weights.o, layer, start, stop, batch.attended, batch.delta, 0)
+            start = _ROWS * chunk
+            part, out, row = min(shape.hidden - start, _ROWS), at(batch.delta) + 4 * start, 4 * batch.delta.shape[1]
+            matrix, stride = row_of(weights.o, layer, start), weights.o.shape[2]
+            call(run.dot_tokens, (matrix, stride, part, attended, padded, out, row))
             if finish(team, chunks):
                 advance(team, phase)
             chunk = take(team, phase, chunks)
@@ -161,9 +164,9 @@ def prefill(team, phase, thread, weights, shape, tokens, position, keys, values,
         block = take(team, phase, blocks)
         while block >= 0:
             start, stop = TOKENS * block, min(count, TOKENS * block + TOKENS)
-            for t in range(start, stop):
-                add_block(hidden[t], batch.delta[t], weights.o_bias, weights.attn_post_norm, layer, shape)
-            _next_inputs(weights.ffn_norm, weights.ffn_norm_bias, layer, shape, hidden, x, start, stop)
+            biases, post_norm = weights.o_bias, weights.attn_post_norm
+            _add_blocks(run, hidden, batch.delta, biases, post_norm, layer, shape, start, stop)
+            _next_inputs(run, weights.ffn_norm, weights.ffn_norm_bias, layer, shape, hidden, x, start, stop)
             if finish(team, blocks):
                 advance(team, phase)
             block = take(team, phase, blocks)
@@ -172,18 +175,24 @@ def prefill(team, phase, thread, weights, shape, tokens, position, keys, values,
         chunks = _chunks(shape.neurons, NEURONS)
         chunk = take(team, phase, chunks)
         while chunk >= 0:
-            start, stop = NEURONS * chunk, min(shape.neurons, NEURONS * chunk + NEURONS)
-            _fire(weights, shape, layer, start, stop, x, batch.gate[thread], batch.up[thread], batch.fired)
+            start = NEURONS * chunk
+            part, gate, up = min(shape.neurons - start, NEURONS), batch.gate[thread], batch.up[thread]
+            _fire(run, weights, shape, layer, start, part, x, gate, up, batch.fired)
             if finish(team, chunks):
                 advance(team, phase)
             chunk = take(team, phase, chunks)
         phase = wait(team, phase)
 
-        columns = batch.delta.shape[1]
-        down = weights.gate.shape[2] * weights.gate.itemsize if shape.gated else 0
+        columns, neurons = batch.delta.shape[1], shape.neurons
+        downs, stride = row_of(weights.updown, layer, 0), weights.updown.shape[2]
+        if shape.gated:
+            downs += weights.gate.shape[2]
+        fired, row = at(batch.fired), 4 * batch.fired.shape[1]
         strip = take(team, phase, columns // STRIP)
         while strip >= 0:
-            down_strip(weights.updown, layer, down, columns, strip, batch.fired, batch.panel[thread], batch.delta)
+            panel, out = at(batch.panel[thread]), at(batch.delta)
+            sizes = (downs, stride, neurons, columns, strip, padded, fired, row, panel, out, 4 * columns)
+            call(run.down_strip, sizes)
             if finish(team, columns // STRIP):
                 advance(team, phase)
             strip = take(team, phase, columns // STRIP)
@@ -192,24 +201,33 @@ def prefill(team, phase, thread, weights, shape, tokens, position, keys, values,
         block = take(team, phase, blocks)
         while block >= 0:
             start, stop = TOKENS * block, min(count, TOKENS * block + TOKENS)
-            for t in range(start, stop):
-                add_block(hidden[t], batch.delta[t], weights.down_bias, weights.ffn_post_norm, layer, shape)
+            biases, post_norm = weights.down_bias, weights.ffn_post_norm
+            _add_blocks(run, hidden, batch.delta, biases, post_norm, layer, shape, start, stop)
             if layer + 1 < shape.layers:
-                _next_inputs(weights.attn_norm, weights.attn_norm_bias, layer + 1, shape, hidden, x, start, stop)
+                _next_inputs(run, weights.attn_norm, weights.attn_norm_bias, layer + 1, shape, hidden, x, start, stop)
             else:
-                _next_inputs(weights.final_norm, weights.final_norm_bias, 0, shape, hidden, x, start, stop)
+                _next_inputs(run, weights.final_norm, weights.final_norm_bias, 0, shape, hidden, x, start, stop)
             if finish(team, blocks):
                 advance(team, phase)
             block = take(team, phase, blocks)
         phase = wait(team, phase)
 
-    first = first_logits // TOKENS * TOKENS
-    wanted = Activation(x.values[first:], x.quants[first:], x.scales[first:], x.sums[first:], x.scratch[first:])
-    chunks = _chunks(shape.vocab, 64)
+    rows = logits.shape[0]  # the last ones of the batch
+    for word in range(7):
+        batch.wanted[thread, word] = batch.x[word]
+    wanted, skipped = at(batch.wanted[thread]), padded - rows
+    columns, lanes = batch.x[COLUMNS // 8], batch.x[LANES // 8]
+    batch.wanted[thread, VALUES // 8] += 4 * columns * skipped
+    batch.wanted[thread, QUANTS // 8] += columns * skipped
+    batch.wanted[thread, SCALES // 8] += 4 * lanes * skipped
+    batch.wanted[thread, SUMS // 8] += 4 * lanes * skipped
+    chunks = _chunks(shape.vocab, _HEAD_ROWS)
     chunk = take(team, phase, chunks)
     while chunk >= 0:
-        start, stop = 64 * chunk, min(shape.vocab, 64 * chunk + 64)
-        dot_tokens(weights.head, 0, start, stop, wanted, logits, 0)
+        start = _HEAD_ROWS * chunk
+        part, matrix = min(shape.vocab - start, _HEAD_ROWS), row_of(weights.head, 0, start)
+        out, row = at(logits) + 4 * start, 4 * shape.vocab
+        call(run.table_tokens, (matrix, weights.head.shape[2], part, wanted, rows, out, row))
         if finish(team, chunks):
             advance(team, phase)
         chunk = take(team, phase, chunks)

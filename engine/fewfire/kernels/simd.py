@@ -78,9 +78,7 @@ def _constant(element: ir.Type, lanes: int, value: float) -> ir.Constant:
 
 
 def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *values: ir.Value) -> ir.Value:
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(result, [v.type for v in values]), name
-    )
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [v.type for v in values]), name)
     return builder.call(function, values)
 
 
@@ -90,6 +88,20 @@ def _load(builder: ir.IRBuilder, address: ir.Value, vector: ir.Type) -> ir.Value
 
 def _select_lanes(builder: ir.IRBuilder, vector: ir.Value, lanes: list[int]) -> ir.Value:
     return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+
+
+@intrinsic
+def call(typing, address, arguments):
+    """Calls the `Primitive` at an address with a tuple of numbers."""
+    signature = types.void(types.int64, arguments)
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+        unpacked = cgutils.unpack_tuple(builder, values[1])
+        function = ir.FunctionType(ir.VoidType(), [value.type for value in unpacked])
+        builder.call(builder.inttoptr(values[0], function.as_pointer()), unpacked)
+        return context.get_dummy_value()
+
+    return signature, codegen
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -117,6 +129,26 @@ def load_i32x8(builder, address):
 def store_f32x8(builder, address, value):
     """8 float32 at any alignment."""
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
+
+
+@instruction(types.int64, types.intp)
+def load_i64(builder, address):
+    return _load(builder, address, _I64)
+
+
+@instruction(types.int64, types.intp)
+def load_i32(builder, address):
+    return builder.sext(_load(builder, address, _I32), _I64)
+
+
+@instruction(types.float32, types.intp)
+def load_f32(builder, address):
+    return _load(builder, address, _F32)
+
+
+@instruction(types.void, types.intp, types.float32)
+def store_f32(builder, address, value):
+    builder.store(value, builder.inttoptr(address, _F32.as_pointer()), align=1)
 
 
 @instruction(types.int8, types.intp)
@@ -197,9 +229,7 @@ def store_f16x8(builder, address, value):
     size = _call(builder, "llvm.minnum.v8f32", f32x8.llvm, size, _constant(_F32, 8, 65504.0))
     small = builder.bitcast(builder.fmul(size, _constant(_F32, 8, 2.0**-112)), i32x8.llvm)
     odd = builder.and_(builder.lshr(small, _constant(_I32, 8, 13)), _constant(_I32, 8, 1))
-    rounded = builder.lshr(
-        builder.add(builder.add(small, odd), _constant(_I32, 8, 0xFFF)), _constant(_I32, 8, 13)
-    )
+    rounded = builder.lshr(builder.add(builder.add(small, odd), _constant(_I32, 8, 0xFFF)), _constant(_I32, 8, 13))
     halves = builder.trunc(builder.or_(rounded, sign), ir.VectorType(_I16, 8))
     builder.store(halves, builder.inttoptr(address, halves.type.as_pointer()), align=1)
 
