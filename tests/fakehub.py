@@ -35,9 +35,7 @@ def serve(repos: Mapping[str, Mapping[str, bytes]], gated: frozenset[str] = froz
             if repo not in repos:
                 self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
             elif parts[0] == "api" and parts[4] == "revision":
-                self.answer_json(
-                    {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": f} for f in repos[repo]]}
-                )
+                self.answer_json({"id": repo, "sha": COMMIT, "siblings": [{"rfilename": f} for f in repos[repo]]})
             elif parts[0] == "api" and parts[4] == "tree":
                 self.answer_json(
                     [

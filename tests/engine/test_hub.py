@@ -68,9 +68,7 @@ def ask(tmp_path, monkeypatch):
 
 def test_download_then_offline(ask, tmp_path):
     with fakehub.serve(REPOS) as endpoint:
-        (model, calls), (sharded, _), (file, _) = ask(
-            "o/model", "o/sharded", "o/ggufs:a-[q4].gguf", endpoint=endpoint
-        )
+        (model, calls), (sharded, _), (file, _) = ask("o/model", "o/sharded", "o/ggufs:a-[q4].gguf", endpoint=endpoint)
     assert sorted(os.listdir(model)) == [
         "chat_template.jinja",
         "config.json",
@@ -103,9 +101,7 @@ def test_unreachable(ask):
     ((answer, _),) = ask("o/model")
     assert "neither a path here nor in the hub's cache, and the hub cannot be reached" in answer
     ((answer, _),) = ask("o/model", offline=True)
-    assert answer == (
-        "o/model is not complete in the hub's cache, and HF_HUB_OFFLINE is set: unset it and run again"
-    )
+    assert answer == ("o/model is not complete in the hub's cache, and HF_HUB_OFFLINE is set: unset it and run again")
 
 
 def test_offline_with_a_part_missing(ask, tmp_path):

