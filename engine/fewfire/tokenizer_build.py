@@ -7,6 +7,7 @@ merges. Knows nothing of GGUF: it is handed a `Vocabulary`.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,9 +26,7 @@ CHAT_MARKERS = {"<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
-)
+_LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
 _QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN = (
@@ -89,8 +88,7 @@ def build_tokenizer(vocabulary: Vocabulary) -> str:
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if vocabulary.model not in builders:
         raise CheckpointError(
-            f"{vocabulary.where}: tokenizer {vocabulary.model[:40]!r} is not supported; "
-            "supported: gpt2, llama"
+            f"{vocabulary.where}: tokenizer {vocabulary.model[:40]!r} is not supported; supported: gpt2, llama"
         )
     if not vocabulary.tokens:
         raise CheckpointError(f"{vocabulary.where}: the tokenizer has no tokens: the file is damaged")
@@ -145,9 +143,7 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     for merge in vocabulary.merges:
         left, _, right = merge.partition(" ")
         if left not in ids or right not in ids or left + right not in ids:
-            raise CheckpointError(
-                f"{vocabulary.where}: the merge {merge[:40]!r} has no token: the file is damaged"
-            )
+            raise CheckpointError(f"{vocabulary.where}: the merge {merge[:40]!r} has no token: the file is damaged")
         merges.append((left, right))
     tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=split.whole_words))
     steps: list[pre_tokenizers.PreTokenizer] = []
@@ -166,9 +162,7 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
 def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
     """SentencePiece BPE: merges ranked by the score of what they make, single bytes for what is not in it."""
     if vocabulary.scores is None or vocabulary.types is None:
-        raise CheckpointError(
-            f"{vocabulary.where}: the tokenizer has no scores or token types: the file is damaged"
-        )
+        raise CheckpointError(f"{vocabulary.where}: the tokenizer has no scores or token types: the file is damaged")
     texts = _texts(vocabulary)
     ids = {token: i for i, token in enumerate(texts)}
     unknown = None if vocabulary.unknown is None else texts[vocabulary.unknown]
@@ -185,21 +179,21 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
     return tokenizer
 
 
-def _merges_from_scores(
-    tokens: Sequence[str], scores: np.ndarray, types: np.ndarray
-) -> list[tuple[str, str]]:
+def _merges_from_scores(tokens: Sequence[str], scores: np.ndarray, types: np.ndarray) -> list[tuple[str, str]]:
     """Every way to put a token together from two others, best score first.
 
     The order of transformers' SentencePiece converter: ties by the longer left part, then by token id.
     """
     normal = {tokens[i]: i for i in np.flatnonzero(types == NORMAL).tolist()}
-    found: list[tuple[float, int, int, int, int, str, str]] = []
+    found = array("i")  # whole, left, right: as objects, Gemma's half a million would take 200 MB
     for token, i in normal.items():
-        score = -float(scores[i])
         for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            a, b = normal.get(left), normal.get(right)
-            if a is not None and b is not None:
-                found.append((score, -len(left), -len(right), a, b, left, right))
-    found.sort()
-    return [(left, right) for *_, left, right in found]
+            left, right = normal.get(token[:cut]), normal.get(token[cut:])
+            if left is not None and right is not None:
+                found.extend((i, left, right))
+    whole, left_ids, right_ids = np.asarray(found, dtype=np.intp).reshape(-1, 3).T
+    lengths = np.array([len(token) for token in tokens])
+    order = np.lexsort(
+        (right_ids, left_ids, -lengths[right_ids], -lengths[left_ids], -scores[whole].astype(np.float64))
+    )
+    return [(tokens[left_ids[n]], tokens[right_ids[n]]) for n in order]
