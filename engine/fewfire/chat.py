@@ -19,8 +19,8 @@ import jinja2.parser
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .errors import CheckpointError
-from .tokenizer import Tokenizer
+from fewfire.errors import CheckpointError
+from fewfire.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
 

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import SourceError
-from .progress import Progress, silent
+from fewfire.errors import SourceError
+from fewfire.progress import Progress, silent
 
 _WANTED = [
     "config.json",

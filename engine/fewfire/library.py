@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .cache import cache_dir
-from .errors import SourceError
-from .sources import ALIASES
-from .wheels import is_complete, sources_dir
+from fewfire.cache import cache_dir
+from fewfire.errors import SourceError
+from fewfire.sources import ALIASES
+from fewfire.wheels import is_complete, sources_dir
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from . import hub, wheels
-from .errors import SourceError
-from .progress import Progress
-from .wheels import WheelModel
+from fewfire import hub, wheels
+from fewfire.errors import SourceError
+from fewfire.progress import Progress
+from fewfire.wheels import WheelModel
 
 DEFAULT = "smollm2"
 

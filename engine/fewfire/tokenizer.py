@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tokenizers
 
-from .errors import CheckpointError
+from fewfire.errors import CheckpointError
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 

@@ -25,9 +25,9 @@ from typing import IO
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from .cache import cache_dir
-from .errors import SourceError
-from .progress import Progress, silent
+from fewfire.cache import cache_dir
+from fewfire.errors import SourceError
+from fewfire.progress import Progress, silent
 
 _CHUNK = 1 << 20
 _POLL_SECONDS = 0.1
