@@ -41,9 +41,7 @@ class ScriptedSession:
 class ScriptedModel:
     """The parts of `Model` that generation and evaluation use."""
 
-    def __init__(
-        self, script: str | Sequence[int] = "", prompt: int = 1, context: int = 100, **config: Any
-    ) -> None:
+    def __init__(self, script: str | Sequence[int] = "", prompt: int = 1, context: int = 100, **config: Any) -> None:
         self.tokenizer = Tokenizer.from_json(tiny.tiny_tokenizer())
         self.script = self.tokenizer.encode(script) if isinstance(script, str) else list(script)
         self.prompt, self.context = prompt, context

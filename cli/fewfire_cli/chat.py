@@ -23,9 +23,7 @@ from fewfire_cli.text import stdin_lines
 @click.option("--stop", multiple=True, metavar="TEXT", help="End an answer before this text (repeatable).")
 @click.option("--stats", is_flag=True, help="Tokens per second after each answer, on stderr.")
 @terminal.color_option
-def chat(
-    model: str, system: str | None, max_tokens: int, stop: tuple[str, ...], stats: bool, **rest: Any
-) -> None:
+def chat(model: str, system: str | None, max_tokens: int, stop: tuple[str, ...], stats: bool, **rest: Any) -> None:
     """Talks with MODEL. In the chat, /help lists the commands.
 
     Ctrl-C stops an answer, Ctrl-D ends the chat. Without a terminal, each line of standard input is a
@@ -39,9 +37,7 @@ def chat(
     sampling = options.take_sampling(rest)
 
     def begin() -> Conversation:
-        return Conversation(
-            options.load(model, **rest), system, sampling=sampling, max_tokens=max_tokens, stop=stop
-        )
+        return Conversation(options.load(model, **rest), system, sampling=sampling, max_tokens=max_tokens, stop=stop)
 
     if terminal.is_terminal(sys.stdin):
         from fewfire_cli.interactive import Interactive

@@ -63,9 +63,7 @@ def eval_command(
     with ProgressBar() as progress:
         result = perplexity(loaded, text, window=window, limit=limit, progress=progress)
     if as_json:
-        click.echo(
-            json.dumps({"model": model, "weights": loaded.weights, "window": window, **asdict(result)})
-        )
+        click.echo(json.dumps({"model": model, "weights": loaded.weights, "window": window, **asdict(result)}))
     else:
         click.echo(
             f"perplexity {result.ppl:.4f} ({result.nll:.4f} nats per token) over {result.tokens} tokens"

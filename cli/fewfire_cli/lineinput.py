@@ -41,9 +41,7 @@ class LineInput:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         if readline:
-            with contextlib.suppress(
-                OSError
-            ):  # a cache that cannot be written costs the history, not the chat
+            with contextlib.suppress(OSError):  # a cache that cannot be written costs the history, not the chat
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 self._file.touch(mode=0o600)
                 readline.write_history_file(self._file)

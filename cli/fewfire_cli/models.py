@@ -36,9 +36,7 @@ def models(ctx: click.Context, as_json: bool) -> None:
         return
     width = max((len(e.name) for e in entries), default=0)
     for e in entries:
-        click.echo(
-            f"{e.name:{width}}  {e.kind:6}  {size(e.bytes):>8}{'  damaged: remove it' if e.damaged else ''}"
-        )
+        click.echo(f"{e.name:{width}}  {e.kind:6}  {size(e.bytes):>8}{'  damaged: remove it' if e.damaged else ''}")
     total = size(sum(e.bytes for e in entries))
     click.echo(f"{total} in {cache_dir()}" if entries else f"no models in {cache_dir()}")
 

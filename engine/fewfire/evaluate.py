@@ -45,9 +45,7 @@ def perplexity(
 ) -> Perplexity:
     """Scores a text, or its first `limit` tokens."""
     if isinstance(window, bool) or not isinstance(window, int) or not 2 <= window <= model.context:
-        raise ValueError(
-            f"window must be from 2 to the model's context of {model.context} tokens, not {window!r}"
-        )
+        raise ValueError(f"window must be from 2 to the model's context of {model.context} tokens, not {window!r}")
     if limit is not None and limit < 2:
         raise ValueError(f"limit must be at least 2 tokens, not {limit!r}")
     check_unicode(text, "the text")
@@ -82,9 +80,7 @@ def _window_nll(session: Session, tokens: list[int]) -> float:
     total = 0.0
     for at in range(0, len(tokens) - 1, part):
         fed = tokens[at : min(at + part, len(tokens) - 1)]
-        total += float(
-            token_nll(session.feed(fed, all_logits=True), tokens[at + 1 : at + 1 + len(fed)]).sum()
-        )
+        total += float(token_nll(session.feed(fed, all_logits=True), tokens[at + 1 : at + 1 + len(fed)]).sum())
     return total
 
 

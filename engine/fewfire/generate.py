@@ -134,9 +134,7 @@ def prompt_ids(model: Model, prompt: str | Sequence[int]) -> list[int]:
         ids = [int(i) for i in prompt]
         for i in ids:
             if not 0 <= i < config.vocab_size:
-                raise ValueError(
-                    f"the prompt has token id {i}, and the model has ids 0 to {config.vocab_size - 1}"
-                )
+                raise ValueError(f"the prompt has token id {i}, and the model has ids 0 to {config.vocab_size - 1}")
     if not ids:
         raise ValueError("the prompt is empty: give the model at least one word to continue")
     return ids

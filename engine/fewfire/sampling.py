@@ -152,9 +152,7 @@ def _first_over(edges: np.ndarray, target: float) -> int:
 
 def _check_finite(value: Any) -> None:
     if not math.isfinite(value):
-        raise FewfireError(
-            "the model computed no finite number for the next token: its weights may be damaged"
-        )
+        raise FewfireError("the model computed no finite number for the next token: its weights may be damaged")
 
 
 def _check_real(name: str, value: Any, *, low: float, high: float = math.inf, low_open: bool = False) -> None:

@@ -26,10 +26,7 @@ def test_help_lists_every_command():
 def test_help_has_an_example(command):
     result = run(command, "--help")
     assert (result.code, result.err) == (0, "")
-    assert (
-        f"Example:\n    fewfire {command}" in result.out
-        or f"fewfire {command}" in result.out.split("Example:")[1]
-    )
+    assert f"Example:\n    fewfire {command}" in result.out or f"fewfire {command}" in result.out.split("Example:")[1]
     assert max(map(len, result.out.splitlines())) <= 80
 
 
@@ -86,9 +83,7 @@ def test_ctrl_c(monkeypatch):
 
 
 def test_a_reader_that_has_had_enough_is_no_error():
-    program = subprocess.Popen(
-        [*PROGRAM, "completions", "bash"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    program = subprocess.Popen([*PROGRAM, "completions", "bash"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     program.stdout.close()
     assert program.stderr.read() == b""
     program.stderr.close()

@@ -42,9 +42,7 @@ def test_with_bos_every_token_of_the_text_is_scored():
     before = [BOS if i % 6 == 0 else ids[i - 1] for i in range(len(ids))]
     result = perplexity(model, TEXT, window=7)
     assert result.tokens == len(ids)
-    assert result.nll == pytest.approx(
-        np.mean([nll(a, b) for a, b in zip(before, ids, strict=True)]), abs=1e-5
-    )
+    assert result.nll == pytest.approx(np.mean([nll(a, b) for a, b in zip(before, ids, strict=True)]), abs=1e-5)
 
 
 def test_parts_of_a_window_change_nothing(monkeypatch):

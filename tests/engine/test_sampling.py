@@ -114,9 +114,7 @@ def test_largest(n, k):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize(
-    "s", [Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=2, top_p=0.5)]
-)
+@pytest.mark.parametrize("s", [Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=2, top_p=0.5)])
 def test_logits_that_are_not_finite_are_an_error(s, bad):
     logits = logits_of(5000)
     logits[17] = bad
