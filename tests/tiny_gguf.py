@@ -69,9 +69,7 @@ def write_tiny_gguf(
         _write_tokenizer(writer)
     for key, value in (metadata or {}).items():
         writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
-    tensors = {
-        stored_name(arch, name): _tensor(arch, config, name, shape) for name, shape in tiny_shapes(config)
-    }
+    tensors = {stored_name(arch, name): _tensor(arch, config, name, shape) for name, shape in tiny_shapes(config)}
     if family == "llama-llama3":
         tensors["rope_freqs.weight"] = _llama3_factors(config)
     for name, values in (tensors | (replace or {})).items():

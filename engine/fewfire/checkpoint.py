@@ -70,9 +70,7 @@ def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], wher
         raise CheckpointError(f"{where}: tensor {missing[0]}{more} missing: the checkpoint is incomplete")
     for name, shape in config.shapes().items():
         if found[name] != shape:
-            raise CheckpointError(
-                f"{where}: tensor {name} has shape {found[name]}, the config asks for {shape}"
-            )
+            raise CheckpointError(f"{where}: tensor {name} has shape {found[name]}, the config asks for {shape}")
 
 
 def row_range(name: str, rows: int, start: int, stop: int | None) -> tuple[int, int]:
@@ -86,9 +84,7 @@ def row_range(name: str, rows: int, start: int, stop: int | None) -> tuple[int, 
 def finite(array: np.ndarray, name: str, where: Path) -> np.ndarray:
     """The array itself. Raises `CheckpointError` if it has a NaN or an infinity."""
     if not np.isfinite(array).all():
-        raise CheckpointError(
-            f"{where}: tensor {name} has NaN or infinite weights: the checkpoint is damaged"
-        )
+        raise CheckpointError(f"{where}: tensor {name} has NaN or infinite weights: the checkpoint is damaged")
     return array
 
 
@@ -190,9 +186,7 @@ class HFCheckpoint:
     def _with_tokens(self, config: ModelConfig) -> ModelConfig:
         """Begin and end tokens: everything that any of the files calls an end of text or of a turn."""
         vocab = config.vocab_size
-        generation = Fields(
-            self._optional_json("generation_config.json"), str(self.path / "generation_config.json")
-        )
+        generation = Fields(self._optional_json("generation_config.json"), str(self.path / "generation_config.json"))
         tokenizer, settings = (
             self._optional_json("tokenizer.json"),
             self._optional_json("tokenizer_config.json"),
@@ -206,9 +200,7 @@ class HFCheckpoint:
         add = settings.get("add_bos_token")
         if not isinstance(add, bool):
             add = _begins_with(tokenizer.get("post_processor"), bos)
-        return replace(
-            config, bos_token_id=bos, eos_token_ids=unique(eos), add_bos_token=add and bos is not None
-        )
+        return replace(config, bos_token_id=bos, eos_token_ids=unique(eos), add_bos_token=add and bos is not None)
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -216,9 +208,7 @@ def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         weights = read_json(index)[1].get("weight_map")
-        if not isinstance(weights, dict) or not all(
-            isinstance(n, str) and Path(n).name == n for n in weights.values()
-        ):
+        if not isinstance(weights, dict) or not all(isinstance(n, str) and Path(n).name == n for n in weights.values()):
             raise CheckpointError(f"{index}: weight_map is missing or damaged; fetch the file again")
         files = sorted({path / name for name in weights.values()})
         absent = [file.name for file in files if not file.is_file()]
@@ -232,9 +222,7 @@ def _weight_files(path: Path) -> list[Path]:
         files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         found = f"{len(files)} .safetensors files and no index" if files else "no .safetensors file"
-        raise CheckpointError(
-            f"{path}: {found}; the weights must be model.safetensors, or shards with their index"
-        )
+        raise CheckpointError(f"{path}: {found}; the weights must be model.safetensors, or shards with their index")
     return files
 
 

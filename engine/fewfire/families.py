@@ -109,9 +109,7 @@ def _plain(fields: Fields, config: ModelConfig) -> ModelConfig:
 
 def _mistral(fields: Fields, config: ModelConfig) -> ModelConfig:
     """One window over all layers. Where the field is missing (not null) transformers takes 4096."""
-    window = (
-        fields.whole("sliding_window", 1, MAX_CONTEXT, default=0) if "sliding_window" in fields.data else 4096
-    )
+    window = fields.whole("sliding_window", 1, MAX_CONTEXT, default=0) if "sliding_window" in fields.data else 4096
     return _with_window(config, window, (True,) * config.num_hidden_layers)
 
 
@@ -159,9 +157,7 @@ def _gemma3(fields: Fields, config: ModelConfig) -> ModelConfig:
         post_norms=True,
         attention_scale=fields.number("query_pre_attn_scalar", 1e-6, 1e9, 256) ** -0.5,
         embedding_scale=embedding_scale(config.hidden_size),
-        rope_local=read_rope(
-            fields, "sliding_attention", fields.number("rope_local_base_freq", 1, 1e12, 10_000)
-        ),
+        rope_local=read_rope(fields, "sliding_attention", fields.number("rope_local_base_freq", 1, 1e12, 10_000)),
     )
 
 
@@ -173,9 +169,7 @@ def _opt(fields: Fields, config: ModelConfig) -> ModelConfig:
             "word_embed_proj_dim",
             f"hidden_size, {config.hidden_size} (projected embeddings are not supported)",
         )
-    if not fields.flag("layer_norm_elementwise_affine", True) or fields.flag(
-        "_remove_final_layer_norm", False
-    ):
+    if not fields.flag("layer_norm_elementwise_affine", True) or fields.flag("_remove_final_layer_norm", False):
         raise CheckpointError(f"{fields.where}: OPT without the weights of its layer norms is not supported")
     bias = fields.flag("enable_bias", True)
     return replace(
@@ -228,12 +222,8 @@ def family_of(fields: Fields) -> tuple[str, Family]:
             return name, family
     unknown = named or kind
     if not isinstance(unknown, str):
-        raise CheckpointError(
-            f"{fields.where}: architectures and model_type are missing; supported: {supported()}"
-        )
-    raise CheckpointError(
-        f"{fields.where}: architecture {unknown[:80]!r} is not supported; supported: {supported()}"
-    )
+        raise CheckpointError(f"{fields.where}: architectures and model_type are missing; supported: {supported()}")
+    raise CheckpointError(f"{fields.where}: architecture {unknown[:80]!r} is not supported; supported: {supported()}")
 
 
 def read_config(data: Mapping[str, Any], where: str = "config.json") -> tuple[Family, ModelConfig]:
@@ -296,8 +286,7 @@ def _activation(fields: Fields, name: str, value: str | None) -> Activation:
         raise fields.error(name, "one of " + ", ".join(_ACTIVATIONS))
     if value not in _ACTIVATIONS:
         raise CheckpointError(
-            f"{fields.where}: activation {value[:40]!r} is not supported; "
-            f"supported: {', '.join(_ACTIVATIONS)}"
+            f"{fields.where}: activation {value[:40]!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
         )
     return _ACTIVATIONS[value]
 

@@ -133,22 +133,16 @@ def _read_config(fields: Fields, tensors: Mapping[str, gguffile.GGUFTensor]) -> 
         )
     arch = ARCHITECTURES[kind]
     if fields.whole("split.count", 0, 1 << 16, default=1) > 1:
-        raise CheckpointError(
-            f"{fields.where}: one part of a split GGUF; join it with llama-gguf-split --merge"
-        )
+        raise CheckpointError(f"{fields.where}: one part of a split GGUF; join it with llama-gguf-split --merge")
     if fields.whole(f"{kind}.expert_count", 0, 1 << 16, default=0):
-        raise CheckpointError(
-            f"{fields.where}: mixture-of-experts models ({kind}.expert_count) are not supported"
-        )
+        raise CheckpointError(f"{fields.where}: mixture-of-experts models ({kind}.expert_count) are not supported")
     embedding = tensors.get(_NAMES["embed"] + ".weight")
     hidden = fields.whole(f"{kind}.embedding_length", 1, MAX_WIDTH)
     layers = fields.whole(f"{kind}.block_count", 1, MAX_LAYERS)
     heads = fields.whole(f"{kind}.attention.head_count", 1, MAX_HEADS)
     vocab = embedding.shape[0] if embedding else fields.whole(f"{kind}.vocab_size", 1, MAX_VOCAB)
     if not 1 <= vocab <= MAX_VOCAB:
-        raise CheckpointError(
-            f"{fields.where}: tensor token_embd.weight has {vocab} rows: the header is damaged"
-        )
+        raise CheckpointError(f"{fields.where}: tensor token_embd.weight has {vocab} rows: the header is damaged")
     head_dim = fields.whole(f"{kind}.attention.key_length", 1, MAX_HEAD_DIM, default=max(1, hidden // heads))
     if fields.whole(f"{kind}.attention.value_length", 1, MAX_HEAD_DIM, default=head_dim) != head_dim:
         raise fields.error(f"{kind}.attention.value_length", f"the same as key_length, {head_dim}")
@@ -218,8 +212,7 @@ def _rope(fields: Fields, kind: str, head_dim: int, factors: gguffile.GGUFTensor
         factor = fields.number(f"{kind}.rope.scaling.factor", 0, 1e6, default=factor) or 1.0
     elif scaling != "none":
         raise CheckpointError(
-            f"{fields.where}: RoPE scaling {scaling[:40]!r} is not supported; "
-            "supported: none, linear, rope_freqs"
+            f"{fields.where}: RoPE scaling {scaling[:40]!r} is not supported; supported: none, linear, rope_freqs"
         )
     if factors is not None:
         if factors.shape != (head_dim // 2,):
@@ -228,9 +221,7 @@ def _rope(fields: Fields, kind: str, head_dim: int, factors: gguffile.GGUFTensor
             )
         values = gguffile.read_rows(factors, 0, head_dim // 2) * np.float32(factor)
         if not (np.isfinite(values).all() and (values > 0).all()):
-            raise CheckpointError(
-                f"{fields.where}: tensor {_ROPE_FACTORS} is damaged: its factors must be positive"
-            )
+            raise CheckpointError(f"{fields.where}: tensor {_ROPE_FACTORS} is damaged: its factors must be positive")
         return Rope(theta, "factors", factors=tuple(float(v) for v in values))
     return Rope(theta, "linear", factor=factor) if factor != 1 else Rope(theta)
 
@@ -260,9 +251,7 @@ def _vocabulary(fields: Fields, rows: int) -> Vocabulary:
         if value is None and name == "merges":
             return []
         if not isinstance(value, list):
-            raise CheckpointError(
-                f"{where}: {at}{name} is missing: the file has no tokenizer; use a complete GGUF"
-            )
+            raise CheckpointError(f"{where}: {at}{name} is missing: the file has no tokenizer; use a complete GGUF")
         return value
 
     def numbers(name: str) -> np.ndarray | None:

@@ -104,9 +104,7 @@ class _Reader:
             raise CheckpointError(f"{self.path}: not a GGUF file (it does not begin with GGUF)")
         version = self.u32()
         if version & 0xFFFF == 0:
-            raise CheckpointError(
-                f"{self.path}: big-endian GGUF files are not supported; convert it to little-endian"
-            )
+            raise CheckpointError(f"{self.path}: big-endian GGUF files are not supported; convert it to little-endian")
         if version not in (2, 3):
             raise CheckpointError(f"{self.path}: GGUF version {version} is not supported; supported: 2, 3")
         n_tensors, n_pairs = self.u64(), self.u64()
@@ -117,9 +115,7 @@ class _Reader:
             metadata[name] = self.value(self.u32())
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise CheckpointError(
-                f"{self.path}: general.alignment is not a power of two: the header is damaged"
-            )
+            raise CheckpointError(f"{self.path}: general.alignment is not a power of two: the header is damaged")
         infos = [self.tensor_info() for _ in range(n_tensors)]
         base = -(-self.file.tell() // alignment) * alignment
         return GGUFHeader(metadata, self.tensors(infos, base))

@@ -21,9 +21,7 @@ def read_rope(fields: Fields, layer_type: str, theta: float) -> Rope:
     if scaling is not None and ("full_attention" in scaling or "sliding_attention" in scaling):
         scaling = scaling.section(layer_type)
     elif layer_type == "sliding_attention":
-        scaling = (
-            None  # rope_scaling, and rope_parameters that are not per layer type, are for the global layers
-        )
+        scaling = None  # rope_scaling, and rope_parameters that are not per layer type, are for the global layers
     elif scaling is None:
         scaling = fields.section("rope_scaling")
     if scaling is None:

@@ -64,9 +64,7 @@ def read_rows(entry: Entry, start: int, stop: int) -> np.ndarray:
     dtype = _DTYPES[entry.dtype]
     row = math.prod(entry.shape[1:])
     try:
-        data = np.fromfile(
-            entry.path, dtype, (stop - start) * row, offset=entry.offset + start * row * dtype.itemsize
-        )
+        data = np.fromfile(entry.path, dtype, (stop - start) * row, offset=entry.offset + start * row * dtype.itemsize)
     except OSError as error:
         raise CheckpointError(f"{entry.path}: cannot be read ({error.strerror})") from None
     if data.size != (stop - start) * row:
@@ -87,13 +85,10 @@ def _entry(path: Path, name: str, info: Any, base: int, size: int) -> Entry:
     except (KeyError, TypeError, ValueError):
         whole, width = False, None
     if not whole or (width is not None and end - begin != math.prod(shape) * width) or begin > end:
-        raise CheckpointError(
-            f"{path}: the header entry of tensor {name[:80]!r} is damaged; fetch the file again"
-        )
+        raise CheckpointError(f"{path}: the header entry of tensor {name[:80]!r} is damaged; fetch the file again")
     if base + end > size:
         raise CheckpointError(
-            f"{path}: truncated: tensor {name[:80]!r} ends at byte {base + end}, "
-            f"the file has {size}; fetch it again"
+            f"{path}: truncated: tensor {name[:80]!r} ends at byte {base + end}, the file has {size}; fetch it again"
         )
     return Entry(path, dtype, shape, base + begin)
 

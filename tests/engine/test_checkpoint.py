@@ -231,9 +231,7 @@ def test_tokenizer_and_template(tmp_path: Path) -> None:
     assert checkpoint.tokenizer_json() == (tmp_path / "tokenizer.json").read_text()
     settings = tmp_path / "tokenizer_config.json"
     assert checkpoint.chat_template() == json.loads(settings.read_text())["chat_template"]
-    edit_json(
-        settings, chat_template=[{"name": "tool", "template": "T"}, {"name": "default", "template": "D"}]
-    )
+    edit_json(settings, chat_template=[{"name": "tool", "template": "T"}, {"name": "default", "template": "D"}])
     assert checkpoint.chat_template() == "D"
     edit_json(settings, chat_template=None)
     assert checkpoint.chat_template() is None
@@ -274,9 +272,7 @@ def test_begin_token(tmp_path: Path) -> None:
     edit_json(tmp_path / "tokenizer.json", post_processor=template)
     assert open_checkpoint(tmp_path).config.add_bos_token
     byte_level = {"type": "ByteLevel", "trim_offsets": False}
-    edit_json(
-        tmp_path / "tokenizer.json", post_processor={"type": "Sequence", "processors": [byte_level, template]}
-    )
+    edit_json(tmp_path / "tokenizer.json", post_processor={"type": "Sequence", "processors": [byte_level, template]})
     assert open_checkpoint(tmp_path).config.add_bos_token
     edit_json(tmp_path / "tokenizer_config.json", add_bos_token=False)
     assert not open_checkpoint(tmp_path).config.add_bos_token

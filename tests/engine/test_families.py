@@ -120,9 +120,7 @@ def test_gemma3() -> None:
     assert ours.sliding_layers == (True, False, True)
     assert (ours.rope, ours.rope_local) == (Rope(1e6, "linear", factor=8.0), Rope(1e4))
     assert config("gemma3", hidden_size=640).embedding_scale == np.float32(640**0.5)
-    assert config("gemma3", sliding_window_pattern=None, num_hidden_layers=6).sliding_layers == (
-        True,
-    ) * 5 + (False,)
+    assert config("gemma3", sliding_window_pattern=None, num_hidden_layers=6).sliding_layers == (True,) * 5 + (False,)
     listed = ["full_attention", "sliding_attention", "sliding_attention"]
     assert config("gemma3", layer_types=listed).sliding_layers == (False, True, True)
 

@@ -17,9 +17,7 @@ def test_whole_numbers(value: Any, expected: int) -> None:
     assert Fields({"n": value}, "f").whole("n", 1, 10) == expected
 
 
-@pytest.mark.parametrize(
-    "value", [0, 11, -1, 1.5, True, "3", [3], float("nan"), float("inf"), 1e300, 10**400]
-)
+@pytest.mark.parametrize("value", [0, 11, -1, 1.5, True, "3", [3], float("nan"), float("inf"), 1e300, 10**400])
 def test_what_is_no_whole_number(value: Any) -> None:
     with pytest.raises(CheckpointError, match=r"^f: n is .*, expected a whole number from 1 to 10$"):
         Fields({"n": value}, "f").whole("n", 1, 10)
