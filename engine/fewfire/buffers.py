@@ -1,18 +1,23 @@
-"""The scratch memory of a forward pass, as the kernels want it: named tuples of arrays, reused from call to call.
-
-Vectors of the hidden size are padded with zeros to a multiple of 64 elements, and heads to a multiple of 8.
-"""
+"""The scratch memory of a forward pass, as records of addresses for the kernels; reused from call to call."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import numpy as np
 
 from fewfire.config import ModelConfig
-from fewfire.kernels.decode import NEURON_CHUNKS
-from fewfire.kernels.prefill import NEURONS
+from fewfire.kernels.decode import NEURON_CHUNKS, WORK
+from fewfire.kernels.prefill import BATCH, ROWS
 from fewfire.quantize import padded
+
+
+def head_width(c: ModelConfig) -> int:
+    """Elements of one head in the caches: head_dim padded to a multiple of 8."""
+    return -(-c.head_dim // 8) * 8
+
+
+def axpy_scratch(columns: int) -> int:
+    """Floats of scratch for `gather_axpy`: the group scales of four rows, each rounded up to eight."""
+    return 4 * (-(-padded(columns) // 256) * 8)
 
 
 class Activation:
@@ -23,140 +28,107 @@ class Activation:
         groups = n // 32
         lanes = 8 * (groups // 8 + groups % 8 // 4 + groups % 4 // 2)  # eight for each block of groups
         self.values = np.zeros((tokens, n), np.float32)
-        self._arrays = (
-            self.values,
-            np.zeros((tokens, n), np.int8),
-            np.zeros((tokens, lanes), np.float32),
-            np.zeros((tokens, lanes), np.int32),
-            np.zeros((tokens, 256), np.int8),
-        )
-        values, quants, scales, sums, scratch = (array.ctypes.data for array in self._arrays)
-        self.descriptor = np.array([values, quants, scales, sums, n, lanes, scratch], np.int64)
-
-    @property
-    def quants(self) -> np.ndarray:
-        """int8 `(tokens, columns padded)`, in the interleaved order of the rows."""
-        return self._arrays[1]
-
-    @property
-    def scales(self) -> np.ndarray:
-        """float32 `(tokens, lanes)`."""
-        return self._arrays[2]
-
-    @property
-    def sums(self) -> np.ndarray:
-        """int32 `(tokens, lanes)`."""
-        return self._arrays[3]
+        self.quants = np.zeros((tokens, n), np.int8)
+        self.scales = np.zeros((tokens, lanes), np.float32)
+        self.sums = np.zeros((tokens, lanes), np.int32)
+        self._scratch = np.zeros((tokens, 256), np.int8)
+        parts = (self.values, self.quants, self.scales, self.sums)
+        self.descriptor = np.array([*(p.ctypes.data for p in parts), n, lanes, self._scratch.ctypes.data], np.int64)
 
 
-class Workspace(NamedTuple):
-    """Buffers of one token."""
+class Buffers:
+    """A record of addresses and the arrays that they point to, which live as long as this."""
 
-    x: np.ndarray  # descriptor of the next input (hidden,)
-    attended: np.ndarray  # descriptor of the joined heads
-    joined: np.ndarray  # (heads * head_dim,) the values of `attended`
-    hidden: np.ndarray  # (hidden,) the residual stream
-    delta: np.ndarray  # (hidden,) what a block adds to it
-    qkv: np.ndarray  # (rows of qkv,)
-    query: np.ndarray  # (heads, head)
-    key: np.ndarray  # (head,)
-    context: np.ndarray  # (heads, head)
-    gate: np.ndarray  # (threads, neurons in a chunk and 8 to spare)
-    up: np.ndarray  # the same
-    partial: np.ndarray  # (NEURON_CHUNKS, hidden)
-    factors: np.ndarray  # (threads, scratch of gather_axpy)
-    cos: np.ndarray  # (2, head_dim / 2) global, local
-    sin: np.ndarray
+    def __init__(self, dtype: np.dtype) -> None:
+        self.record = np.zeros(1, dtype)
+        self._owned: list[object] = []
 
+    def number(self, **values: int) -> None:
+        """Sets fields that are not addresses."""
+        for name, value in values.items():
+            self.record[name] = value
 
-class Batch(NamedTuple):
-    """Buffers of a batch of tokens, padded to a multiple of 4 tokens."""
+    def floats(self, **shapes: tuple[int, ...]) -> None:
+        """Sets fields to new float32 arrays of zeros."""
+        for name, shape in shapes.items():
+            self.point(name, np.zeros(shape, np.float32))
 
-    x: np.ndarray  # descriptor (tokens, hidden)
-    wanted: np.ndarray  # (threads, 7) descriptor of those of x whose logits are wanted
-    attended: np.ndarray  # descriptor (tokens, heads * head_dim)
-    joined: np.ndarray  # the values of `attended`
-    hidden: np.ndarray  # (tokens, hidden)
-    delta: np.ndarray  # (tokens, hidden)
-    qkv: np.ndarray  # (tokens, rows of qkv)
-    query: np.ndarray  # (tokens, heads, head)
-    fired: np.ndarray  # (tokens, neurons) act(gate) * up
-    gate: np.ndarray  # (threads, tokens, NEURONS)
-    up: np.ndarray  # (threads, tokens, NEURONS)
-    panel: np.ndarray  # (threads, 64 * 64)
-    key: np.ndarray  # (threads, head)
-    context: np.ndarray  # (threads, head)
-    scores: np.ndarray  # (threads, positions and 8 to spare)
-    cos: np.ndarray  # (tokens, 2, head_dim / 2)
-    sin: np.ndarray
+    def point(self, name: str, array: np.ndarray) -> None:
+        """Sets a field to an array, which is kept."""
+        self.record[name] = array.ctypes.data
+        self._owned.append(array)
 
-
-def head_width(c: ModelConfig) -> int:
-    """Elements of one head in the caches."""
-    return -(-c.head_dim // 8) * 8
-
-
-def axpy_scratch(columns: int) -> int:
-    """Floats of scratch for `gather_axpy`: the group scales of four rows, each rounded up to eight."""
-    return 4 * (-(-padded(columns) // 256) * 8)
-
-
-def workspace(c: ModelConfig, threads: int) -> tuple[Workspace, list[Activation]]:
-    """Buffers for decoding, and the owners of the memory that their descriptors point to."""
-    x, attended = Activation(c.hidden_size), Activation(c.num_attention_heads * c.head_dim)
-    hidden, head = padded(c.hidden_size), head_width(c)
-    neurons = -(-c.intermediate_size // NEURON_CHUNKS) + 8
-    rope = (2, c.head_dim // 2 if c.rope else 0)
-    work = Workspace(
-        x=x.descriptor,
-        attended=attended.descriptor,
-        joined=attended.values[0],
-        hidden=_floats(hidden),
-        delta=_floats(hidden),
-        qkv=_floats(_qkv_rows(c)),
-        query=_floats(c.num_attention_heads, head),
-        key=_floats(head),
-        context=_floats(c.num_attention_heads, head),
-        gate=_floats(threads, neurons),
-        up=_floats(threads, neurons),
-        partial=_floats(NEURON_CHUNKS, hidden),
-        factors=_floats(threads, axpy_scratch(c.hidden_size)),
-        cos=_floats(*rope),
-        sin=_floats(*rope),
-    )
-    return work, [x, attended]
-
-
-def batch(c: ModelConfig, threads: int, tokens: int, positions: int) -> tuple[Batch, list[Activation]]:
-    """Buffers for a batch of tokens over a cache of so many positions, and the owners of their descriptors' memory."""
-    x, attended = Activation(c.hidden_size, tokens), Activation(c.num_attention_heads * c.head_dim, tokens)
-    hidden, head = padded(c.hidden_size), head_width(c)
-    rope = (tokens, 2, c.head_dim // 2 if c.rope else 0)
-    buffers = Batch(
-        x=x.descriptor,
-        wanted=np.zeros((threads, x.descriptor.size), np.int64),
-        attended=attended.descriptor,
-        joined=attended.values,
-        hidden=_floats(tokens, hidden),
-        delta=_floats(tokens, hidden),
-        qkv=_floats(tokens, _qkv_rows(c)),
-        query=_floats(tokens, c.num_attention_heads, head),
-        fired=_floats(tokens, c.intermediate_size),
-        gate=_floats(threads, tokens, NEURONS),
-        up=_floats(threads, tokens, NEURONS),
-        panel=_floats(threads, 64 * 64),
-        key=_floats(threads, head),
-        context=_floats(threads, head),
-        scores=_floats(threads, positions + 8),
-        cos=_floats(*rope),
-        sin=_floats(*rope),
-    )
-    return buffers, [x, attended]
+    def activation(self, name: str, activation: Activation) -> None:
+        """Sets a field to an activation's descriptor, and keeps the activation."""
+        self.point(name, activation.descriptor)
+        self._owned.append(activation)
 
 
 def _qkv_rows(c: ModelConfig) -> int:
     return (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
 
 
-def _floats(*shape: int) -> np.ndarray:
-    return np.zeros(shape, np.float32)
+class Workspace(Buffers):
+    """Buffers for decoding one token over a cache of up to so many positions."""
+
+    def __init__(self, c: ModelConfig, threads: int, positions: int) -> None:
+        super().__init__(WORK)
+        self.positions = positions
+        x, attended = Activation(c.hidden_size), Activation(c.num_attention_heads * c.head_dim)
+        self.activation("x", x)
+        self.activation("attended", attended)
+        self.point("joined", attended.values)
+        hidden, head, half = padded(c.hidden_size), head_width(c), c.head_dim // 2
+        chunk, factors = -(-c.intermediate_size // NEURON_CHUNKS) + 8, axpy_scratch(c.hidden_size)
+        self.number(chunk_stride=4 * chunk, factors_stride=4 * factors, scores_stride=4 * (positions + 8))
+        self.floats(
+            hidden=(hidden,),
+            delta=(hidden,),
+            qkv=(_qkv_rows(c),),
+            query=(c.num_attention_heads, head),
+            context=(c.num_attention_heads, head),
+            key=(head,),
+            scores=(c.num_attention_heads, positions + 8),
+            partial=(NEURON_CHUNKS, hidden),
+            cos=(2, half),
+            sin=(2, half),
+            gate=(threads, chunk),
+            up=(threads, chunk),
+            factors=(threads, factors),
+        )
+
+
+class Batch(Buffers):
+    """Buffers for a batch of tokens (a multiple of 4) over a cache of up to so many positions."""
+
+    def __init__(self, c: ModelConfig, threads: int, tokens: int, positions: int) -> None:
+        super().__init__(BATCH)
+        self.tokens, self.positions = tokens, positions
+        x, attended = Activation(c.hidden_size, tokens), Activation(c.num_attention_heads * c.head_dim, tokens)
+        self.activation("x", x)
+        self.activation("attended", attended)
+        self.point("joined", attended.values)
+        self.point("wanted", np.zeros((threads, x.descriptor.size), np.int64))
+        hidden, head, half = padded(c.hidden_size), head_width(c), c.head_dim // 2
+        self.number(
+            tokens=tokens,
+            joined_stride=attended.values.strides[0],
+            chunk_stride=4 * tokens * ROWS,
+            head_stride=4 * head,
+            scores_stride=4 * (positions + 8),
+        )
+        self.floats(
+            hidden=(tokens, hidden),
+            delta=(tokens, hidden),
+            qkv=(tokens, _qkv_rows(c)),
+            query=(tokens, c.num_attention_heads, head),
+            fired=(tokens, c.intermediate_size),
+            cos=(tokens, 2, half),
+            sin=(tokens, 2, half),
+            gate=(threads, tokens, ROWS),
+            up=(threads, tokens, ROWS),
+            panel=(threads, 64, 64),
+            key=(threads, head),
+            context=(threads, head),
+            scores=(threads, positions + 8),
+        )

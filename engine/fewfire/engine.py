@@ -1,4 +1,4 @@
-"""From a packed model to kernel calls: the kernels' view of the weights, and the calls themselves.
+"""From a packed model to kernel calls: the kernels' view of the model, and the calls themselves.
 
 An `Engine` is shared by all sessions of a model; a lock lets one forward pass run at a time, on all threads.
 """
@@ -7,42 +7,42 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from fewfire import buffers
-from fewfire.config import ACTIVATIONS, ModelConfig
+from fewfire.buffers import Batch, Buffers, Workspace, head_width
+from fewfire.config import ACTIVATIONS
 from fewfire.kernels import attention, dense, gather, pointwise
 from fewfire.kernels.decode import decode
 from fewfire.kernels.dense import TOKENS
-from fewfire.kernels.layer import Cache, Run, Shape, Weights
+from fewfire.kernels.layer import CACHE, LAYER, MODEL
 from fewfire.kernels.prefill import prefill
 from fewfire.packed import Packed, table_format
+from fewfire.quantize import padded
 from fewfire.team import Team
 
 BATCH = 256  # tokens of a prompt that go through the layers together
 
 
-@dataclass
-class KVCache:
+class KVCache(Buffers):
     """Keys and values of one session, bytes `(layers, kv_heads, capacity, bytes of one head)` each."""
 
-    keys: np.ndarray
-    values: np.ndarray
-
-    @property
-    def capacity(self) -> int:
-        """Positions that it has room for."""
-        return self.keys.shape[2]
+    def __init__(self, layers: int, heads: int, capacity: int, cell: int) -> None:
+        super().__init__(CACHE)
+        self.capacity = capacity
+        shape = (layers, heads, capacity, cell)
+        self.keys, self.values = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
+        self.number(capacity=capacity)
+        self.point("keys", self.keys)
+        self.point("values", self.values)
 
     def grown(self, capacity: int, used: int) -> KVCache:
         """A larger copy; only the first `used` positions matter."""
-        layers, heads, _, width = self.keys.shape
-        copies = [np.zeros((layers, heads, capacity, width), np.uint8) for _ in range(2)]
-        for copy, old in zip(copies, (self.keys, self.values), strict=True):
-            copy[:, :, :used] = old[:, :, :used]
-        return KVCache(*copies)
+        layers, heads, _, cell = self.keys.shape
+        larger = KVCache(layers, heads, capacity, cell)
+        larger.keys[:, :, :used] = self.keys[:, :, :used]
+        larger.values[:, :, :used] = self.values[:, :, :used]
+        return larger
 
 
 class Engine:
@@ -54,117 +54,114 @@ class Engine:
         self._lock = threading.Lock()
         # Cached keys and values are as exact as the weights deserve.
         self._cache_format = "f32" if packed.weights in ("f32", "bf16") else "f16"
-        self._run = _run(packed.weights, table_format(packed.weights), self._cache_format)
-        self._shape = _shape(packed.config)
-        self._weights = _weights(packed)
-        self._work, self._work_owners = buffers.workspace(packed.config, threads)
-        self._batch: tuple[buffers.Batch, list[buffers.Activation]] | None = None
-        self._scores = np.zeros((packed.config.num_attention_heads, 0), np.float32)
-        neurons = np.arange(packed.config.intermediate_size, dtype=np.int32)
-        self._active = np.ascontiguousarray(np.broadcast_to(neurons, (packed.config.num_hidden_layers, neurons.size)))
+        self._cell = head_width(packed.config) * (4 if self._cache_format == "f32" else 2)
+        self._model = _model(packed, self._cache_format, self._cell)
+        self._layers = _layers(packed)
+        self._packed = packed  # owns the mapped weights
+        self._work = Workspace(packed.config, threads, 0)
+        self._batch = Batch(packed.config, threads, TOKENS, 0)
 
     @property
     def threads(self) -> int:
+        """Threads that a forward pass runs on."""
         return self._team.threads
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache: float16, or float32 for f32 and bf16 weights."""
-        c = self.config
-        size = buffers.head_width(c) * (4 if self._cache_format == "f32" else 2)
-        shape = (c.num_hidden_layers, c.num_key_value_heads, capacity, size)
-        return KVCache(np.zeros(shape, np.uint8), np.zeros(shape, np.uint8))
+        return KVCache(self.config.num_hidden_layers, self.config.num_key_value_heads, capacity, self._cell)
 
     def decode(self, token: int, position: int, cache: KVCache) -> np.ndarray:
         """Logits `(vocab,)` float32 after one token at `position`, which is within the cache's capacity."""
         logits = np.empty(self.config.vocab_size, np.float32)
         with self._lock:
-            if self._scores.shape[1] < cache.capacity + 8:
-                self._scores = np.zeros((self.config.num_attention_heads, cache.capacity + 8), np.float32)
+            if self._work.positions < cache.capacity:
+                self._work = Workspace(self.config, self.threads, cache.capacity)
+            work = self._work
             self._team.run(
-                decode, self._run, self._weights, self._shape, token, position,
-                Cache(cache.keys, cache.values), self._scores, self._active, self._work, logits,
+                decode, self._model.record, self._layers.record, work.record, cache.record,
+                token, position, logits.ctypes.data, keep=(self, work, cache, logits),
             )  # fmt: skip
         return logits
 
     def prefill(self, tokens: Sequence[int], position: int, cache: KVCache, all_logits: bool) -> np.ndarray:
         """Logits `(len(tokens) or 1, vocab)` after at most `BATCH` tokens from `position` on."""
         ids = np.asarray(tokens, np.int32)
-        padded = -(-ids.size // TOKENS) * TOKENS
-        logits = np.empty((padded if all_logits else TOKENS, self.config.vocab_size), np.float32)
+        count = -(-ids.size // TOKENS) * TOKENS
+        rows = count if all_logits else TOKENS
+        logits = np.empty((rows, self.config.vocab_size), np.float32)
         with self._lock:
-            batch = self._buffers(padded, cache.capacity)
+            if self._batch.tokens != count or self._batch.positions < cache.capacity:
+                self._batch = Batch(self.config, self.threads, count, cache.capacity)
+            batch = self._batch
             self._team.run(
-                prefill, self._run, self._weights, self._shape, ids, position,
-                Cache(cache.keys, cache.values), batch, logits,
+                prefill, self._model.record, self._layers.record, batch.record, cache.record,
+                ids, position, rows, logits.ctypes.data, keep=(self, batch, cache, logits),
             )  # fmt: skip
-        valid = logits[: logits.shape[0] - (padded - ids.size)]
+        valid = logits[: rows - (count - ids.size)]
         return valid if all_logits else valid[-1:]
 
-    def _buffers(self, tokens: int, positions: int) -> buffers.Batch:
-        """Buffers for a batch: those of last time if they fit, since a long prompt is many equal batches."""
-        if self._batch is not None:
-            last = self._batch[0]
-            if last.hidden.shape[0] == tokens and last.scores.shape[1] >= positions + 8:
-                return last
-        self._batch = buffers.batch(self.config, self.threads, tokens, positions)
-        return self._batch[0]
 
-
-def _run(weights: str, table: str, cache: str) -> Run:
-    """The addresses of the primitives for these formats; compiles them or takes them from the disk cache."""
-    return Run(
-        gather_dot=getattr(gather, f"gather_dot_{weights}").address,
-        gather_axpy=getattr(gather, f"gather_axpy_{weights}").address,
-        dot_tokens=getattr(dense, f"dot_tokens_{weights}").address,
-        down_strip=getattr(dense, f"down_strip_{weights}").address,
-        table_dot=getattr(gather, f"gather_dot_{table}").address,
-        table_tokens=getattr(dense, f"dot_tokens_{table}").address,
-        table_row=getattr(gather, f"read_row_{table}").address,
-        attend=getattr(attention, f"attend_{cache}").address,
-        remember=getattr(attention, f"remember_{cache}").address,
-        rms_norm=pointwise.rms_norm.address,
-        layer_norm=pointwise.layer_norm.address,
-        quantize=pointwise.quantize.address,
-        rotate=pointwise.rotate.address,
-        activate=pointwise.activate.address,
-    )
-
-
-def _shape(c: ModelConfig) -> Shape:
-    return Shape(
+def _model(packed: Packed, cache: str, cell: int) -> Buffers:
+    """The record of a model, with the primitives for its formats: compiled now, or taken from the disk cache."""
+    c, arrays, weights, table = packed.config, packed.arrays, packed.weights, table_format(packed.weights)
+    model = Buffers(MODEL)
+    primitives = {
+        "gather_dot": getattr(gather, f"gather_dot_{weights}"),
+        "gather_axpy": getattr(gather, f"gather_axpy_{weights}"),
+        "dot_tokens": getattr(dense, f"dot_tokens_{weights}"),
+        "down_strip": getattr(dense, f"down_strip_{weights}"),
+        "table_dot": getattr(gather, f"gather_dot_{table}"),
+        "table_tokens": getattr(dense, f"dot_tokens_{table}"),
+        "table_row": getattr(gather, f"read_row_{table}"),
+        "attend": getattr(attention, f"attend_{cache}"),
+        "remember": getattr(attention, f"remember_{cache}"),
+    }
+    for name in ("rms_norm", "layer_norm", "quantize", "rotate", "activate"):
+        primitives[name] = getattr(pointwise, name)
+    model.number(**{name: primitive.address for name, primitive in primitives.items()})
+    strides = {f"{name}_stride": arrays[name].strides[1] for name in ("qkv", "o", "gate", "updown")}
+    model.number(
         layers=c.num_hidden_layers,
         hidden=c.hidden_size,
+        width=padded(c.hidden_size),
         heads=c.num_attention_heads,
         kv_heads=c.num_key_value_heads,
         head_dim=c.head_dim,
+        head_width=head_width(c),
+        cell=cell,
         neurons=c.intermediate_size,
         vocab=c.vocab_size,
         activation=ACTIVATIONS.index(c.hidden_act),
-        act_threshold=float(c.act_threshold) if c.hidden_act == "fatrelu" else 0.0,
         act_on_up=c.act_on_up,
         gated=c.gated,
-        eps=float(c.norm_eps),
-        attention_scale=float(c.scale),
-        embedding_scale=float(c.embedding_scale),
+        rope_half=c.head_dim // 2 if c.rope else 0,
+        table_stride=arrays["embed"].strides[1],
+        down=arrays["gate"].strides[1] if c.gated else 0,
+        **strides,
     )
+    model.record["act_threshold"] = c.act_threshold if c.hidden_act == "fatrelu" else 0.0
+    model.record["eps"], model.record["attention_scale"] = c.norm_eps, c.scale
+    model.record["embedding_scale"] = c.embedding_scale
+    for name in ("embed", "positions", "final_norm", "final_norm_bias"):
+        if name in arrays:
+            model.point(name, arrays[name])
+    model.point("head", arrays.get("head", arrays["embed"]))
+    if c.rope:
+        kinds = [rope.inverse_frequencies(c.head_dim) for rope in (c.rope, c.rope_local or c.rope)]
+        model.point("frequencies", np.stack(kinds))
+    model.point("every", np.arange(max(a.shape[1] for a in arrays.values() if a.ndim == 3), dtype=np.int32))
+    return model
 
 
-_MATRICES = ("embed", "head", "qkv", "o", "gate", "updown")
-
-
-def _weights(packed: Packed) -> Weights:
-    c = packed.config
-    arrays = {n: a.view(np.uint8) if n in _MATRICES else a for n, a in packed.arrays.items()}
-    layers = range(c.num_hidden_layers)
-    absent = np.zeros((0, 0), np.float32)
-    absent.flags.writeable = False  # readonly is part of the type that kernels are compiled for
-    kinds = [rope.inverse_frequencies(c.head_dim) for rope in (c.rope, c.rope_local or c.rope) if rope]
-    longest = max(a.shape[1] for n, a in arrays.items() if n in _MATRICES)
-    computed = {
-        "head": arrays.get("head", arrays["embed"]),
-        "frequencies": np.stack(kinds) if kinds else np.zeros((2, 0), np.float32),
-        "local": np.array([int(c.rope_local is not None and c.window(i) > 0) for i in layers], np.int64),
-        "window": np.array([c.window(i) for i in layers], np.int64),
-        "every": np.arange(longest, dtype=np.int32),
-    }
-    return Weights(**{name: computed.get(name, arrays.get(name, absent)) for name in Weights._fields})
+def _layers(packed: Packed) -> Buffers:
+    """One record per layer; at this density every neuron is on the list of active ones."""
+    c, arrays = packed.config, packed.arrays
+    layers = Buffers(LAYER)
+    layers.record = np.zeros(c.num_hidden_layers, LAYER)
+    for name in LAYER.fields or ():
+        if name in arrays:
+            layers.record[name] = arrays[name].ctypes.data + arrays[name].strides[0] * np.arange(c.num_hidden_layers)
+    layers.record["window"] = [c.window(i) for i in range(c.num_hidden_layers)]
+    layers.record["local"] = layers.record["window"] > 0 if c.rope_local else 0
+    layers.point("active", np.arange(c.intermediate_size, dtype=np.int32))
+    return layers

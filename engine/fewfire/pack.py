@@ -100,9 +100,7 @@ def _rows(checkpoint: Checkpoint, config: ModelConfig, name: str, weights: str) 
             yield from _layer_rows(checkpoint, config, f"layers.{layer}.", name, weights)
 
 
-def _layer_rows(
-    checkpoint: Checkpoint, config: ModelConfig, at: str, name: str, weights: str
-) -> Iterator[np.ndarray]:
+def _layer_rows(checkpoint: Checkpoint, config: ModelConfig, at: str, name: str, weights: str) -> Iterator[np.ndarray]:
     if name == "qkv":
         for part in "qkv":
             yield _encode(checkpoint.read(f"{at}{part}.weight"), weights, "dot", f"{at}{part}.weight")

@@ -15,7 +15,7 @@ from typing import Any
 
 from fewfire.kernels.team import new_team, next_phase
 
-_Job = tuple[Callable[..., None], tuple[Any, ...]]
+_Job = tuple[Callable[..., None], tuple[Any, ...], object]
 
 
 def default_threads() -> int:
@@ -37,19 +37,22 @@ class Team:
             threading.Thread(target=_work, args=(queue, number), name=f"fewfire-{number}", daemon=True).start()
         weakref.finalize(self, _dismiss, self._queues)
 
-    def run(self, kernel: Callable[..., None], *arguments: Any) -> None:
-        """Runs the kernel on all threads; returns when its last phase is closed."""
+    def run(self, kernel: Callable[..., None], *arguments: Any, keep: object = None) -> None:
+        """Runs the kernel on all threads; returns when its last phase is closed.
+
+        `keep` owns the memory that addresses among the arguments point to: a late worker may still look at it.
+        """
         phase = next_phase(self._state)
         for number, queue in enumerate(self._queues, start=1):
-            queue.put((kernel, (self._state, phase, number, *arguments)))
+            queue.put((kernel, (self._state, phase, number, *arguments), keep))
         kernel(self._state, phase, 0, *arguments)
 
 
 def _work(queue: SimpleQueue[_Job | None], number: int) -> None:
     while (job := _newest(queue)) is not None:
-        kernel, arguments = job
+        kernel, arguments, keep = job
         kernel(*arguments)
-        del job, kernel, arguments  # so that an idle worker keeps no model alive
+        del job, kernel, arguments, keep  # so that an idle worker keeps no model alive
 
 
 def _newest(queue: SimpleQueue[_Job | None]) -> _Job | None:

@@ -8,24 +8,32 @@ in a fixed order. So the result is the same bits for any number of threads.
 
 from fewfire.kernels.compile import inline, kernel
 from fewfire.kernels.layer import (
+    record,
     add_block,
-    add_listed,
-    at,
-    bias_rows,
-    cell,
+    add_to,
+    attend_head,
     embed,
-    first_visible,
+    multiply_by,
     next_input,
     place_heads,
-    row_of,
     set_rope,
 )
-from fewfire.kernels.simd import call
+from fewfire.kernels.simd import call, load_f32, load_i32, splat_f32, store_f32, store_f32x8
 from fewfire.kernels.team import advance, finish, take, wait
 
 NEURON_CHUNKS = 16  # fixed, because it decides the order of additions
 _ROW_CHUNKS = 12
 _HEAD_ROWS = 512  # rows of the output head in a chunk
+
+# Buffers of one token, float32 unless said: descriptors of `x` (hidden,) and `attended`, whose values are `joined`
+# (heads * head_dim,); the residual stream `hidden` and what a block adds to it, `delta`; `query` and `context` (heads,
+# head_width), `key` (head_width,), `scores` (heads, scores_stride / 4); `partial` (NEURON_CHUNKS, width); the RoPE angles'
+# `cos` and `sin` (2, rope_half). Each thread has `gate` and `up` (the largest chunk's neurons and 8 more) and `factors`
+# (scratch of gather_axpy), so many bytes apart.
+WORK = record("""
+    x attended joined hidden delta qkv query context key scores scores_stride partial cos sin
+    gate up chunk_stride factors factors_stride
+""")
 
 
 @inline
@@ -35,110 +43,110 @@ def _share(chunk, chunks, count):
 
 
 @inline
-def _neurons(run, weights, shape, layer, active, x, gate, up, y, scratch):
+def _add_listed(target, bias, rows, count):
+    """target[j] += bias[rows[j]]."""
+    if bias != 0:
+        for j in range(0, 4 * count, 4):
+            store_f32(target + j, load_f32(target + j) + load_f32(bias + 4 * load_i32(rows + j)))
+
+
+@inline
+def _neurons(model, weights, rows, count, x, gate, up, y, scratch):
     """Select has happened: gather gate and up of the listed neurons, scatter their down rows into y."""
-    n, rows = active.size, at(active)
-    call(run.gather_dot, (row_of(weights.gate, layer, 0), weights.gate.shape[2], rows, n, x, at(gate)))
-    add_listed(weights.gate_bias, layer, active, gate)
-    call(run.activate, (shape.activation, shape.act_threshold, at(gate), n))
-    updown, stride, down = row_of(weights.updown, layer, 0), weights.updown.shape[2], 0
-    if shape.gated:
-        call(run.gather_dot, (updown, stride, rows, n, x, at(up)))
-        add_listed(weights.up_bias, layer, active, up)
-        if shape.act_on_up:
-            call(run.activate, (shape.activation, shape.act_threshold, at(up), n))
-        for j in range(n):
-            gate[j] *= up[j]
-        down = weights.gate.shape[2]
-    y[:] = 0.0
-    call(run.gather_axpy, (updown + down, stride, rows, n, at(gate), at(y), y.size, at(scratch)))
+    call(model.gather_dot, (weights.gate, model.gate_stride, rows, count, x, gate))
+    _add_listed(gate, weights.gate_bias, rows, count)
+    call(model.activate, (model.activation, model.act_threshold, gate, count))
+    if model.gated:
+        call(model.gather_dot, (weights.updown, model.updown_stride, rows, count, x, up))
+        _add_listed(up, weights.up_bias, rows, count)
+        if model.act_on_up:
+            call(model.activate, (model.activation, model.act_threshold, up, count))
+        multiply_by(gate, up, count)
+    for i in range(0, 4 * model.width, 32):
+        store_f32x8(y + i, splat_f32(0.0))
+    downs = weights.updown + model.down
+    call(model.gather_axpy, (downs, model.updown_stride, rows, count, gate, y, model.width, scratch))
 
 
 @kernel
-def decode(team, phase, thread, run, weights, shape, token, position, cache, scores, active, work, logits):
-    """Logits of the token at `position`, whose key and value go into the cache; run by every thread of the team.
+def decode(team, phase, thread, models, layers, works, caches, token, position, logits):
+    """Logits `(vocab,)` of the token at `position`, whose key and value go into the cache.
 
-    scores: `(heads, capacity + 8)` scratch; active: int32 `(layers, neurons)`, the neurons to compute; logits: `(vocab,)`
-    float32. Other arguments as in `layer.py`.
+    Run by every thread of the team. `models`, `works` and `caches` hold one record each.
     """
-    hidden = work.hidden
-    x, attended = at(work.x), at(work.attended)
+    model, work, cache = models[0], works[0], caches[0]
+    x, hidden, delta = work.x, work.hidden, work.delta
     if take(team, phase, 1) >= 0:
-        embed(run, weights, shape, token, position, hidden)
-        set_rope(weights, position, work.cos, work.sin)
-        next_input(run, weights.attn_norm, weights.attn_norm_bias, 0, shape, hidden, x, 0)
+        embed(model, token, position, hidden)
+        set_rope(model, position, work.cos, work.sin)
+        next_input(model, layers[0].attn_norm, layers[0].attn_norm_bias, hidden, x, 0)
         finish(team, 1)
         advance(team, phase)
     phase = wait(team, phase)
 
-    for layer in range(shape.layers):
+    for layer in range(model.layers):
+        weights = layers[layer]
+        rows = (model.heads + 2 * model.kv_heads) * model.head_dim
         chunk = take(team, phase, _ROW_CHUNKS)
         while chunk >= 0:
-            start, stop = _share(chunk, _ROW_CHUNKS, weights.qkv.shape[1])
-            out, rows = at(work.qkv) + 4 * start, at(weights.every) + 4 * start
-            matrix, stride = row_of(weights.qkv, layer, 0), weights.qkv.shape[2]
-            call(run.gather_dot, (matrix, stride, rows, stop - start, x, out))
-            bias_rows(weights.qkv_bias, layer, start, stop, work.qkv)
+            start, stop = _share(chunk, _ROW_CHUNKS, rows)
+            out, count = work.qkv + 4 * start, stop - start
+            call(model.gather_dot, (weights.qkv, model.qkv_stride, model.every + 4 * start, count, x, out))
+            if weights.qkv_bias != 0:
+                add_to(out, weights.qkv_bias + 4 * start, count)
             if finish(team, _ROW_CHUNKS):
-                place_heads(
-                    run, weights, shape, layer, position, work.qkv, work.cos, work.sin, work.query, work.key, cache
-                )
+                place_heads(model, weights, cache, layer, position, work.qkv, work.cos, work.sin, work.query, work.key)
                 advance(team, phase)
             chunk = take(team, phase, _ROW_CHUNKS)
         phase = wait(team, phase)
 
-        head = take(team, phase, shape.heads)
+        head = take(team, phase, model.heads)
         while head >= 0:
-            kv_head, out = head * shape.kv_heads // shape.heads, work.context[head]
-            keys, values = cell(cache.keys, layer, kv_head, 0), cell(cache.values, layer, kv_head, 0)
-            start, stop = first_visible(weights, layer, position), position + 1
-            query, scale = at(work.query[head]), shape.attention_scale
-            call(run.attend, (keys, values, start, stop, query, scale, at(scores[head]), at(out), out.size))
-            for i in range(shape.head_dim):
-                work.joined[head * shape.head_dim + i] = out[i]
-            if finish(team, shape.heads):
-                call(run.quantize, (attended, 0))
+            scores, context = work.scores + head * work.scores_stride, work.context + 4 * head * model.head_width
+            attend_head(model, weights, cache, layer, position, head, work.query, scores, context, work.joined)
+            if finish(team, model.heads):
+                call(model.quantize, (work.attended, 0))
                 advance(team, phase)
-            head = take(team, phase, shape.heads)
+            head = take(team, phase, model.heads)
         phase = wait(team, phase)
 
         chunk = take(team, phase, _ROW_CHUNKS)
         while chunk >= 0:
-            start, stop = _share(chunk, _ROW_CHUNKS, shape.hidden)
-            out, rows = at(work.delta) + 4 * start, at(weights.every) + 4 * start
-            call(run.gather_dot, (row_of(weights.o, layer, 0), weights.o.shape[2], rows, stop - start, attended, out))
+            start, stop = _share(chunk, _ROW_CHUNKS, model.hidden)
+            rows, out = model.every + 4 * start, delta + 4 * start
+            call(model.gather_dot, (weights.o, model.o_stride, rows, stop - start, work.attended, out))
             if finish(team, _ROW_CHUNKS):
-                add_block(run, hidden, work.delta, weights.o_bias, weights.attn_post_norm, layer, shape)
-                next_input(run, weights.ffn_norm, weights.ffn_norm_bias, layer, shape, hidden, x, 0)
+                add_block(model, hidden, delta, weights.o_bias, weights.attn_post_norm)
+                next_input(model, weights.ffn_norm, weights.ffn_norm_bias, hidden, x, 0)
                 advance(team, phase)
             chunk = take(team, phase, _ROW_CHUNKS)
         phase = wait(team, phase)
 
         chunk = take(team, phase, NEURON_CHUNKS)
         while chunk >= 0:
-            start, stop = _share(chunk, NEURON_CHUNKS, shape.neurons)
-            gate, up, scratch = work.gate[thread], work.up[thread], work.factors[thread]
-            _neurons(run, weights, shape, layer, active[layer, start:stop], x, gate, up, work.partial[chunk], scratch)
+            start, stop = _share(chunk, NEURON_CHUNKS, model.neurons)
+            gate, up = work.gate + thread * work.chunk_stride, work.up + thread * work.chunk_stride
+            y, scratch = work.partial + 4 * chunk * model.width, work.factors + thread * work.factors_stride
+            _neurons(model, weights, weights.active + 4 * start, stop - start, x, gate, up, y, scratch)
             if finish(team, NEURON_CHUNKS):
-                work.delta[:] = work.partial[0]
                 for part in range(1, NEURON_CHUNKS):
-                    for i in range(shape.hidden):
-                        work.delta[i] += work.partial[part, i]
-                add_block(run, hidden, work.delta, weights.down_bias, weights.ffn_post_norm, layer, shape)
-                if layer + 1 < shape.layers:
-                    next_input(run, weights.attn_norm, weights.attn_norm_bias, layer + 1, shape, hidden, x, 0)
+                    add_to(work.partial, work.partial + 4 * part * model.width, model.hidden)
+                add_block(model, hidden, work.partial, weights.down_bias, weights.ffn_post_norm)
+                if layer + 1 < model.layers:
+                    follower = layers[layer + 1]
+                    next_input(model, follower.attn_norm, follower.attn_norm_bias, hidden, x, 0)
                 else:
-                    next_input(run, weights.final_norm, weights.final_norm_bias, 0, shape, hidden, x, 0)
+                    next_input(model, model.final_norm, model.final_norm_bias, hidden, x, 0)
                 advance(team, phase)
             chunk = take(team, phase, NEURON_CHUNKS)
         phase = wait(team, phase)
 
-    chunks = (shape.vocab + _HEAD_ROWS - 1) // _HEAD_ROWS
+    chunks = (model.vocab + _HEAD_ROWS - 1) // _HEAD_ROWS
     chunk = take(team, phase, chunks)
     while chunk >= 0:
-        start, stop = _HEAD_ROWS * chunk, min(shape.vocab, _HEAD_ROWS * chunk + _HEAD_ROWS)
-        out, rows = at(logits) + 4 * start, at(weights.every) + 4 * start
-        call(run.table_dot, (row_of(weights.head, 0, 0), weights.head.shape[2], rows, stop - start, x, out))
+        start = _HEAD_ROWS * chunk
+        rows, count = model.every + 4 * start, min(model.vocab - start, _HEAD_ROWS)
+        call(model.table_dot, (model.head, model.table_stride, rows, count, x, logits + 4 * start))
         if finish(team, chunks):
             advance(team, phase)
         chunk = take(team, phase, chunks)

@@ -1,204 +1,154 @@
-"""What decode and prefill share: the model as the kernels see it, and the small steps between the matrices."""
+"""What decode and prefill share: the model as the kernels see it, and the small steps between the matrices.
+
+The kernels see records of numbers and addresses, not arrays: an array in a signature costs compile time and
+a microsecond per call, and these would be some sixty. An address of 0 is something that a model does not have.
+Whoever makes a record keeps the arrays alive that it points to (`engine.py`, `buffers.py`).
+"""
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 
 from fewfire.kernels.compile import inline
 from fewfire.kernels.gather import VALUES
-from fewfire.kernels.simd import call, load_i64
+from fewfire.kernels.simd import add, call, load_f32, load_f32x8, load_i64, mul, splat_f32, store_f32, store_f32x8
 
 
-class Run(NamedTuple):
-    """Addresses of the primitives that a model's number formats need."""
-
-    gather_dot: int
-    gather_axpy: int
-    dot_tokens: int
-    down_strip: int
-    table_dot: int  # gather_dot and the others for the embedding and the head, which may have another format
-    table_tokens: int
-    table_row: int
-    attend: int
-    remember: int
-    rms_norm: int
-    layer_norm: int
-    quantize: int
-    rotate: int
-    activate: int
+def record(integers: str, floats: str = "") -> np.dtype:
+    """A record type with these int64 and float64 fields."""
+    return np.dtype([(n, np.int64) for n in integers.split()] + [(n, np.float64) for n in floats.split()])
 
 
-class Shape(NamedTuple):
-    """The numbers of a model that the kernels need; see `ModelConfig`."""
+# Primitives for the model's number formats; "table" is the embedding and the head, which may have another format.
+_PRIMITIVES = """
+    gather_dot gather_axpy dot_tokens down_strip table_dot table_tokens table_row attend remember
+    rms_norm layer_norm quantize rotate activate
+"""
+# `width` is the hidden size padded to 64, `head_width` head_dim padded to 8, `cell` the bytes of one cached head.
+_SHAPE = """
+    layers hidden width heads kv_heads head_dim head_width cell neurons vocab activation act_on_up gated
+"""
+# Rows are `stride` bytes apart; a neuron's down row begins `down` bytes into its row of `updown`. `every` is the list
+# of all rows of any matrix, `frequencies` float32 (2, head_dim / 2): radians per position of global and local layers.
+_TABLES = """
+    embed positions head table_stride qkv_stride o_stride gate_stride updown_stride down
+    final_norm final_norm_bias frequencies rope_half every
+"""
+MODEL = record(_PRIMITIVES + _SHAPE + _TABLES, "act_threshold eps attention_scale embedding_scale")
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    neurons: int
-    vocab: int
-    activation: int
-    act_threshold: float
-    act_on_up: bool
-    gated: bool
-    eps: float
-    attention_scale: float
-    embedding_scale: float
+# One layer: `active` is the list of neurons to compute, `local` whether it uses the local RoPE, `window` what it sees.
+LAYER = record("""
+    qkv qkv_bias q_norm k_norm o o_bias gate gate_bias updown up_bias down_bias
+    attn_norm attn_norm_bias attn_post_norm ffn_norm ffn_norm_bias ffn_post_norm local window active
+""")
 
-
-class Weights(NamedTuple):
-    """All arrays of a packed model, stacked over layers. What a model does not have is an array of length 0.
-
-    Matrices are bytes `(layers, rows, row bytes)`, see `gather.py`; `updown` rows are a neuron's up row and then its down
-    row (only the down row in an ungated model). Norms and biases are float32 `(layers, elements)`. `frequencies` is
-    `(2, head_dim / 2)`, RoPE's radians per position, global and local; `local` and `window` are per layer. `every` counts
-    up from 0: the list of all rows of any matrix.
-    """
-
-    embed: np.ndarray
-    positions: np.ndarray
-    qkv: np.ndarray
-    qkv_bias: np.ndarray
-    q_norm: np.ndarray
-    k_norm: np.ndarray
-    o: np.ndarray
-    o_bias: np.ndarray
-    gate: np.ndarray
-    gate_bias: np.ndarray
-    updown: np.ndarray
-    up_bias: np.ndarray
-    down_bias: np.ndarray
-    attn_norm: np.ndarray
-    attn_norm_bias: np.ndarray
-    attn_post_norm: np.ndarray
-    ffn_norm: np.ndarray
-    ffn_norm_bias: np.ndarray
-    ffn_post_norm: np.ndarray
-    final_norm: np.ndarray
-    final_norm_bias: np.ndarray
-    head: np.ndarray
-    frequencies: np.ndarray
-    local: np.ndarray
-    window: np.ndarray
-    every: np.ndarray
-
-
-class Cache(NamedTuple):
-    """Keys and values as bytes, `(layers, kv_heads, capacity, bytes of one head)`."""
-
-    keys: np.ndarray
-    values: np.ndarray
+# One session's keys and values: (layers, kv_heads, capacity) cells each.
+CACHE = record("keys values capacity")
 
 
 @inline
-def at(array):
-    """The address of an array."""
-    return array.ctypes.data
+def head_cache(base, cache, model, layer, head):
+    """Where a head's cells begin; `base` is `cache.keys` or `cache.values`."""
+    return base + (layer * model.kv_heads + head) * cache.capacity * model.cell
 
 
 @inline
-def row_of(matrix, layer, row):
-    """Where a row of a stacked matrix of bytes begins."""
-    return matrix.ctypes.data + (layer * matrix.shape[1] + row) * matrix.shape[2]
+def add_to(target, source, count):
+    """target[:count] += source[:count]; float32 at addresses. Does nothing when the source is 0."""
+    if source != 0:
+        whole = count - count % 8
+        for i in range(0, 4 * whole, 32):
+            store_f32x8(target + i, add(load_f32x8(target + i), load_f32x8(source + i)))
+        for i in range(4 * whole, 4 * count, 4):
+            store_f32(target + i, load_f32(target + i) + load_f32(source + i))
 
 
 @inline
-def cell(cache, layer, head, position):
-    """Where a position's key or value begins."""
-    _, heads, capacity, width = cache.shape
-    return cache.ctypes.data + ((layer * heads + head) * capacity + position) * width
+def multiply_by(target, source, count):
+    """target[:count] *= source[:count], and up to 7 elements past the end."""
+    for i in range(0, 4 * count, 32):
+        store_f32x8(target + i, mul(load_f32x8(target + i), load_f32x8(source + i)))
 
 
 @inline
-def bias_rows(biases, layer, start, stop, out):
-    """out[start:stop] += bias[start:stop], where the model has it."""
-    if biases.shape[0] > 0:
-        for i in range(start, stop):
-            out[i] += biases[layer, i]
+def copy(target, source, count):
+    """target[:count] = source[:count]."""
+    for i in range(0, 4 * count, 4):
+        store_f32(target + i, load_f32(source + i))
 
 
 @inline
-def add_listed(biases, layer, rows, out):
-    """out[j] += bias[rows[j]], where the model has it."""
-    if biases.shape[0] > 0:
-        for j in range(rows.size):
-            out[j] += biases[layer, rows[j]]
+def set_rope(model, position, cos, sin):
+    """cos and sin of a position's angles, `(2, head_dim / 2)`, for both kinds of layer."""
+    for i in range(0, 8 * model.rope_half, 4):
+        angle = np.float32(position) * load_f32(model.frequencies + i)
+        store_f32(cos + i, math.cos(angle))
+        store_f32(sin + i, math.sin(angle))
 
 
 @inline
-def set_rope(weights, position, cos, sin):
-    """cos and sin of a position's angles, for both kinds of layer."""
-    for kind in range(weights.frequencies.shape[0]):
-        for i in range(weights.frequencies.shape[1]):
-            angle = np.float32(position) * weights.frequencies[kind, i]
-            cos[kind, i] = math.cos(angle)
-            sin[kind, i] = math.sin(angle)
-
-
-@inline
-def embed(run, weights, shape, token, position, out):
+def embed(model, token, position, out):
     """The token's row of the embedding, scaled, plus the learned position where the model has them."""
-    call(run.table_row, (row_of(weights.embed, 0, token), out.size, at(out)))
-    for i in range(shape.hidden):
-        out[i] *= np.float32(shape.embedding_scale)
-    if weights.positions.shape[0] > 0:
-        for i in range(shape.hidden):
-            out[i] += weights.positions[position, i]
+    call(model.table_row, (model.embed + token * model.table_stride, model.width, out))
+    scale = splat_f32(model.embedding_scale)
+    for i in range(0, 4 * model.width, 32):
+        store_f32x8(out + i, mul(load_f32x8(out + i), scale))
+    if model.positions != 0:
+        add_to(out, model.positions + 4 * position * model.hidden, model.hidden)
 
 
 @inline
-def next_input(run, weights, biases, layer, shape, hidden, x, t):
+def next_input(model, weight, bias, hidden, x, t):
     """Norm of the residual stream into vector t of x, ready to be multiplied with."""
-    out = load_i64(x + VALUES) + 4 * t * hidden.size
-    if biases.shape[0] > 0:
-        call(run.layer_norm, (at(hidden), at(weights[layer]), at(biases[layer]), shape.eps, shape.hidden, out))
+    out = load_i64(x + VALUES) + 4 * t * model.width
+    if bias != 0:
+        call(model.layer_norm, (hidden, weight, bias, model.eps, model.hidden, out))
     else:
-        call(run.rms_norm, (at(hidden), at(weights[layer]), shape.eps, shape.hidden, out))
-    call(run.quantize, (x, t))
+        call(model.rms_norm, (hidden, weight, model.eps, model.hidden, out))
+    call(model.quantize, (x, t))
 
 
 @inline
-def _head_vector(run, source, norms, layer, shape, cos, sin, out):
+def _place_head(model, source, norm, cos, sin, out):
     """One head of q or k: normed where the model does that, rotated where it has RoPE."""
-    for i in range(shape.head_dim):
-        out[i] = source[i]
-    if norms.shape[0] > 0:
-        call(run.rms_norm, (at(out), at(norms[layer]), shape.eps, shape.head_dim, at(out)))
-    if cos.size > 0:
-        call(run.rotate, (at(out), at(cos), at(sin), cos.size))
+    copy(out, source, model.head_dim)
+    if norm != 0:
+        call(model.rms_norm, (out, norm, model.eps, model.head_dim, out))
+    if model.rope_half > 0:
+        call(model.rotate, (out, cos, sin, model.rope_half))
 
 
 @inline
-def place_heads(run, weights, shape, layer, position, qkv, cos, sin, query, key, cache):
-    """Splits one token's q, k, v: the queries into `query`, its keys and values into the cache."""
-    width = shape.head_dim
-    kind = weights.local[layer]
-    for head in range(shape.heads):
-        _head_vector(run, qkv[head * width :], weights.q_norm, layer, shape, cos[kind], sin[kind], query[head])
-    for head in range(shape.kv_heads):
-        start = (shape.heads + head) * width
-        _head_vector(run, qkv[start:], weights.k_norm, layer, shape, cos[kind], sin[kind], key)
-        call(run.remember, (cell(cache.keys, layer, head, position), at(key), key.size))
-        start += shape.kv_heads * width
-        for i in range(width):
-            key[i] = qkv[start + i]
-        call(run.remember, (cell(cache.values, layer, head, position), at(key), key.size))
+def place_heads(model, weights, cache, layer, position, qkv, cos, sin, query, key):
+    """Splits one token's q, k, v: the queries into `query`, its keys and values into the cache; `key` is scratch."""
+    size, width = 4 * model.head_dim, model.head_width
+    cos, sin = cos + 4 * weights.local * model.rope_half, sin + 4 * weights.local * model.rope_half
+    for head in range(model.heads):
+        _place_head(model, qkv + head * size, weights.q_norm, cos, sin, query + 4 * head * width)
+    for head in range(model.kv_heads):
+        source, at = qkv + (model.heads + head) * size, position * model.cell
+        _place_head(model, source, weights.k_norm, cos, sin, key)
+        call(model.remember, (head_cache(cache.keys, cache, model, layer, head) + at, key, width))
+        copy(key, source + model.kv_heads * size, model.head_dim)
+        call(model.remember, (head_cache(cache.values, cache, model, layer, head) + at, key, width))
 
 
 @inline
-def first_visible(weights, layer, position):
-    """The first position that a query sees in this layer."""
-    window = weights.window[layer]
-    return max(0, position + 1 - window) if window > 0 else 0
+def attend_head(model, weights, cache, layer, position, head, query, scores, context, joined):
+    """One query head's attention, from its query to its place in the joined heads; scores and context are scratch."""
+    kv_head, stop = head * model.kv_heads // model.heads, position + 1
+    start = max(0, stop - weights.window) if weights.window > 0 else 0
+    keys = head_cache(cache.keys, cache, model, layer, kv_head)
+    values = head_cache(cache.values, cache, model, layer, kv_head)
+    query += 4 * head * model.head_width
+    call(model.attend, (keys, values, start, stop, query, model.attention_scale, scores, context, model.head_width))
+    copy(joined + 4 * head * model.head_dim, context, model.head_dim)
 
 
 @inline
-def add_block(run, hidden, delta, biases, post_norm, layer, shape):
+def add_block(model, hidden, delta, bias, post_norm):
     """hidden += the block's output, with its bias and, in sandwich models, its norm."""
-    bias_rows(biases, layer, 0, shape.hidden, delta)
-    if post_norm.shape[0] > 0:
-        call(run.rms_norm, (at(delta), at(post_norm[layer]), shape.eps, shape.hidden, at(delta)))
-    for i in range(shape.hidden):
-        hidden[i] += delta[i]
+    add_to(delta, bias, model.hidden)
+    if post_norm != 0:
+        call(model.rms_norm, (delta, post_norm, model.eps, model.hidden, delta))
+    add_to(hidden, delta, model.hidden)

@@ -1,28 +1,36 @@
-"""A batch of tokens through all layers: the same phases as `decode.py`, with matrix products instead of single rows.
+"""A batch of tokens through all layers: the same steps as `decode.py`, with matrix products instead of single rows.
 
 All neurons are computed: between them, the tokens of a batch use nearly all.
 """
 
 from fewfire.kernels.compile import inline, kernel
 from fewfire.kernels.dense import STRIP, TOKENS
-from fewfire.kernels.gather import COLUMNS, LANES, QUANTS, SCALES, SUMS, VALUES
+from fewfire.kernels.gather import COLUMNS, LANES, QUANTS, SCALES, SCRATCH, SUMS, VALUES
 from fewfire.kernels.layer import (
+    record,
     add_block,
-    at,
-    cell,
+    add_to,
+    attend_head,
+    copy,
     embed,
-    first_visible,
+    multiply_by,
     next_input,
     place_heads,
-    row_of,
     set_rope,
 )
-from fewfire.kernels.simd import call
+from fewfire.kernels.simd import call, load_i64, store_i64
 from fewfire.kernels.team import advance, finish, take, wait
 
-NEURONS = 16  # neurons of a chunk
-_ROWS = 16  # rows of a chunk
+ROWS = 16  # rows or neurons in a chunk
 _HEAD_ROWS = 64
+
+# Buffers of a batch of `tokens` tokens (a multiple of 4), of which row t belongs to token t; otherwise as in `decode.WORK`.
+# `fired` (tokens, neurons) is act(gate) * up. Each thread has `gate` and `up` (tokens, ROWS), `panel` (64 * 64 floats),
+# `key`, `context`, `scores`, and the descriptor `wanted` of those vectors whose logits are asked for.
+BATCH = record("""
+    tokens x attended joined joined_stride hidden delta qkv query fired cos sin
+    gate up chunk_stride panel key context head_stride scores scores_stride wanted
+""")
 
 
 @inline
@@ -31,131 +39,139 @@ def _chunks(count, size):
 
 
 @inline
-def _next_inputs(run, weights, biases, layer, shape, hidden, x, start, stop):
+def _inputs(model, weight, bias, batch, start, stop):
     for t in range(start, stop):
-        next_input(run, weights, biases, layer, shape, hidden[t], x, t)
+        next_input(model, weight, bias, batch.hidden + 4 * t * model.width, batch.x, t)
 
 
 @inline
-def _add_blocks(run, hidden, delta, biases, post_norm, layer, shape, start, stop):
+def _add_blocks(model, batch, bias, post_norm, start, stop):
     for t in range(start, stop):
-        add_block(run, hidden[t], delta[t], biases, post_norm, layer, shape)
+        row = 4 * t * model.width
+        add_block(model, batch.hidden + row, batch.delta + row, bias, post_norm)
 
 
 @inline
-def _bias_columns(biases, layer, start, count, out, column):
-    """out[t, column + i] += bias[start + i] for all tokens."""
-    if biases.shape[0] > 0:
-        for t in range(out.shape[0]):
-            for i in range(count):
-                out[t, column + i] += biases[layer, start + i]
+def _bias_columns(bias, count, out, stride, tokens):
+    """out[t, :count] += bias[:count] for all tokens."""
+    if bias != 0:
+        for t in range(tokens):
+            add_to(out + t * stride, bias, count)
 
 
 @inline
-def _fire(run, weights, shape, layer, start, count, x, gate, up, fired):
+def _offset(base, start):
+    """The address of element `start` of a float32 vector that the model may not have."""
+    return base + 4 * start if base != 0 else 0
+
+
+@inline
+def _fire(model, weights, batch, start, count, gate, up):
     """act(gate) * up of some neurons, all tokens."""
-    tokens, row = gate.shape[0], 4 * gate.shape[1]
-    gates, ups = row_of(weights.gate, layer, start), row_of(weights.updown, layer, start)
-    call(run.dot_tokens, (gates, weights.gate.shape[2], count, x, tokens, at(gate), row))
-    _bias_columns(weights.gate_bias, layer, start, count, gate, 0)
-    call(run.activate, (shape.activation, shape.act_threshold, at(gate), gate.size))
-    if shape.gated:
-        call(run.dot_tokens, (ups, weights.updown.shape[2], count, x, tokens, at(up), row))
-        _bias_columns(weights.up_bias, layer, start, count, up, 0)
-        if shape.act_on_up:
-            call(run.activate, (shape.activation, shape.act_threshold, at(up), up.size))
-        for t in range(tokens):
-            for j in range(count):
-                fired[t, start + j] = gate[t, j] * up[t, j]
-    else:
-        for t in range(tokens):
-            for j in range(count):
-                fired[t, start + j] = gate[t, j]
+    x, tokens, size = batch.x, batch.tokens, batch.tokens * ROWS
+    rows = weights.gate + start * model.gate_stride
+    call(model.dot_tokens, (rows, model.gate_stride, count, x, tokens, gate, 4 * ROWS))
+    _bias_columns(_offset(weights.gate_bias, start), count, gate, 4 * ROWS, tokens)
+    call(model.activate, (model.activation, model.act_threshold, gate, size))
+    if model.gated:
+        rows = weights.updown + start * model.updown_stride
+        call(model.dot_tokens, (rows, model.updown_stride, count, x, tokens, up, 4 * ROWS))
+        _bias_columns(_offset(weights.up_bias, start), count, up, 4 * ROWS, tokens)
+        if model.act_on_up:
+            call(model.activate, (model.activation, model.act_threshold, up, size))
+        multiply_by(gate, up, size)
+    for t in range(tokens):
+        copy(batch.fired + 4 * (t * model.neurons + start), gate + 4 * t * ROWS, count)
 
 
 @inline
-def _attend(run, weights, shape, layer, position, cache, query, scores, context, out):
-    """All heads of one token; `out` is the address of the joined heads."""
-    start, stop = first_visible(weights, layer, position), position + 1
-    for head in range(shape.heads):
-        kv_head = head * shape.kv_heads // shape.heads
-        keys, values = cell(cache.keys, layer, kv_head, 0), cell(cache.values, layer, kv_head, 0)
-        scale, width = shape.attention_scale, context.size
-        call(run.attend, (keys, values, start, stop, at(query[head]), scale, at(scores), at(context), width))
-        for i in range(shape.head_dim):
-            out[head * shape.head_dim + i] = context[i]
+def _last_vectors(x, skipped, out):
+    """Writes the descriptor of all vectors of x but the first `skipped`."""
+    columns, lanes = load_i64(x + COLUMNS), load_i64(x + LANES)
+    store_i64(out + VALUES, load_i64(x + VALUES) + 4 * skipped * columns)
+    store_i64(out + QUANTS, load_i64(x + QUANTS) + skipped * columns)
+    store_i64(out + SCALES, load_i64(x + SCALES) + 4 * skipped * lanes)
+    store_i64(out + SUMS, load_i64(x + SUMS) + 4 * skipped * lanes)
+    store_i64(out + COLUMNS, columns)
+    store_i64(out + LANES, lanes)
+    store_i64(out + SCRATCH, load_i64(x + SCRATCH) + 256 * skipped)
 
 
 @kernel
-def prefill(team, phase, thread, run, weights, shape, tokens, position, cache, batch, logits):
-    """The tokens from `position` on; their keys and values go into the cache; run by every thread of the team.
+def prefill(team, phase, thread, models, layers, batches, caches, tokens, position, rows, logits):
+    """The tokens (int32) from `position` on; their keys and values go into the cache.
 
-    tokens: int32; logits: (a multiple of 4, vocab) float32, of the batch's last tokens, its padding included. Other
-    arguments as in `layer.py`.
+    Run by every thread of the team. `models`, `batches` and `caches` hold one record each. Logits `(rows, vocab)` are
+    of the batch's last `rows` tokens, a multiple of 4 and its padding included.
     """
-    count, hidden, padded = tokens.size, batch.hidden, batch.hidden.shape[0]
-    x, attended = at(batch.x), at(batch.attended)
+    model, batch, cache, count = models[0], batches[0], caches[0], tokens.size
+    x, width, padded = batch.x, 4 * model.width, batch.tokens
     blocks = _chunks(count, TOKENS)
 
     block = take(team, phase, blocks)
     while block >= 0:
         start, stop = TOKENS * block, min(count, TOKENS * block + TOKENS)
         for t in range(start, stop):
-            embed(run, weights, shape, tokens[t], position + t, hidden[t])
-            set_rope(weights, position + t, batch.cos[t], batch.sin[t])
-        _next_inputs(run, weights.attn_norm, weights.attn_norm_bias, 0, shape, hidden, x, start, stop)
+            embed(model, tokens[t], position + t, batch.hidden + t * width)
+            angles = 8 * t * model.rope_half
+            set_rope(model, position + t, batch.cos + angles, batch.sin + angles)
+        _inputs(model, layers[0].attn_norm, layers[0].attn_norm_bias, batch, start, stop)
         if finish(team, blocks):
             advance(team, phase)
         block = take(team, phase, blocks)
     phase = wait(team, phase)
 
-    for layer in range(shape.layers):
-        rows = weights.qkv.shape[1]
-        chunks = _chunks(rows, _ROWS)
+    for layer in range(model.layers):
+        weights = layers[layer]
+        total = (model.heads + 2 * model.kv_heads) * model.head_dim
+        chunks = _chunks(total, ROWS)
         chunk = take(team, phase, chunks)
         while chunk >= 0:
-            start = _ROWS * chunk
-            part, out, row = min(rows - start, _ROWS), at(batch.qkv) + 4 * start, 4 * rows
-            matrix, stride = row_of(weights.qkv, layer, start), weights.qkv.shape[2]
-            call(run.dot_tokens, (matrix, stride, part, x, padded, out, row))
-            _bias_columns(weights.qkv_bias, layer, start, part, batch.qkv, start)
+            start = ROWS * chunk
+            part, matrix, out = min(total - start, ROWS), weights.qkv + start * model.qkv_stride, batch.qkv + 4 * start
+            call(model.dot_tokens, (matrix, model.qkv_stride, part, x, padded, out, 4 * total))
+            _bias_columns(_offset(weights.qkv_bias, start), part, out, 4 * total, padded)
             if finish(team, chunks):
                 advance(team, phase)
             chunk = take(team, phase, chunks)
         phase = wait(team, phase)
 
+        queries = 4 * model.heads * model.head_width
+        key, context = batch.key + thread * batch.head_stride, batch.context + thread * batch.head_stride
         block = take(team, phase, blocks)
         while block >= 0:
             for t in range(TOKENS * block, min(count, TOKENS * block + TOKENS)):
-                place_heads(
-                    run, weights, shape, layer, position + t, batch.qkv[t], batch.cos[t], batch.sin[t],
-                    batch.query[t], batch.key[thread], cache,
-                )  # fmt: skip
+                angles, qkv, query = 8 * t * model.rope_half, batch.qkv + 4 * t * total, batch.query + t * queries
+                cos, sin = batch.cos + angles, batch.sin + angles
+                place_heads(model, weights, cache, layer, position + t, qkv, cos, sin, query, key)
             if finish(team, blocks):
                 advance(team, phase)
             block = take(team, phase, blocks)
         phase = wait(team, phase)
 
+        scores = batch.scores + thread * batch.scores_stride
         block = take(team, phase, blocks)
         while block >= 0:
             for t in range(TOKENS * block, min(count, TOKENS * block + TOKENS)):
-                _attend(
-                    run, weights, shape, layer, position + t, cache, batch.query[t], batch.scores[thread],
-                    batch.context[thread], batch.joined[t],
-                )  # fmt: skip
-                call(run.quantize, (attended, t))
+                query, joined = batch.query + t * queries, batch.joined + t * batch.joined_stride
+                for head in range(model.heads):
+                    attend_head(model, weights, cache, layer, position + t, head, query, scores, context, joined)
+                call(model.quantize, (batch.attended, t))
             if finish(team, blocks):
                 advance(team, phase)
             block = take(team, phase, blocks)
         phase = wait(team, phase)
 
-        chunks = _chunks(shape.hidden, _ROWS)
+        chunks = _chunks(model.hidden, ROWS)
         chunk = take(team, phase, chunks)
         while chunk >= 0:
-            start = _ROWS * chunk
-            part, out, row = min(shape.hidden - start, _ROWS), at(batch.delta) + 4 * start, 4 * batch.delta.shape[1]
-            matrix, stride = row_of(weights.o, layer, start), weights.o.shape[2]
-            call(run.dot_tokens, (matrix, stride, part, attended, padded, out, row))
+            start = ROWS * chunk
+            part, matrix, out = (
+                min(model.hidden - start, ROWS),
+                weights.o + start * model.o_stride,
+                batch.delta + 4 * start,
+            )
+            call(model.dot_tokens, (matrix, model.o_stride, part, batch.attended, padded, out, width))
             if finish(team, chunks):
                 advance(team, phase)
             chunk = take(team, phase, chunks)
@@ -164,70 +180,57 @@ def prefill(team, phase, thread, run, weights, shape, tokens, position, cache, b
         block = take(team, phase, blocks)
         while block >= 0:
             start, stop = TOKENS * block, min(count, TOKENS * block + TOKENS)
-            biases, post_norm = weights.o_bias, weights.attn_post_norm
-            _add_blocks(run, hidden, batch.delta, biases, post_norm, layer, shape, start, stop)
-            _next_inputs(run, weights.ffn_norm, weights.ffn_norm_bias, layer, shape, hidden, x, start, stop)
+            _add_blocks(model, batch, weights.o_bias, weights.attn_post_norm, start, stop)
+            _inputs(model, weights.ffn_norm, weights.ffn_norm_bias, batch, start, stop)
             if finish(team, blocks):
                 advance(team, phase)
             block = take(team, phase, blocks)
         phase = wait(team, phase)
 
-        chunks = _chunks(shape.neurons, NEURONS)
+        gate, up = batch.gate + thread * batch.chunk_stride, batch.up + thread * batch.chunk_stride
+        chunks = _chunks(model.neurons, ROWS)
         chunk = take(team, phase, chunks)
         while chunk >= 0:
-            start = NEURONS * chunk
-            part, gate, up = min(shape.neurons - start, NEURONS), batch.gate[thread], batch.up[thread]
-            _fire(run, weights, shape, layer, start, part, x, gate, up, batch.fired)
+            start = ROWS * chunk
+            _fire(model, weights, batch, start, min(model.neurons - start, ROWS), gate, up)
             if finish(team, chunks):
                 advance(team, phase)
             chunk = take(team, phase, chunks)
         phase = wait(team, phase)
 
-        columns, neurons = batch.delta.shape[1], shape.neurons
-        downs, stride = row_of(weights.updown, layer, 0), weights.updown.shape[2]
-        if shape.gated:
-            downs += weights.gate.shape[2]
-        fired, row = at(batch.fired), 4 * batch.fired.shape[1]
-        strip = take(team, phase, columns // STRIP)
+        downs, strips, panel = weights.updown + model.down, model.width // STRIP, batch.panel + thread * 4 * 64 * 64
+        strip = take(team, phase, strips)
         while strip >= 0:
-            panel, out = at(batch.panel[thread]), at(batch.delta)
-            sizes = (downs, stride, neurons, columns, strip, padded, fired, row, panel, out, 4 * columns)
-            call(run.down_strip, sizes)
-            if finish(team, columns // STRIP):
+            matrix = (downs, model.updown_stride, model.neurons, model.width, strip)
+            call(model.down_strip, (*matrix, padded, batch.fired, 4 * model.neurons, panel, batch.delta, width))
+            if finish(team, strips):
                 advance(team, phase)
-            strip = take(team, phase, columns // STRIP)
+            strip = take(team, phase, strips)
         phase = wait(team, phase)
 
         block = take(team, phase, blocks)
         while block >= 0:
             start, stop = TOKENS * block, min(count, TOKENS * block + TOKENS)
-            biases, post_norm = weights.down_bias, weights.ffn_post_norm
-            _add_blocks(run, hidden, batch.delta, biases, post_norm, layer, shape, start, stop)
-            if layer + 1 < shape.layers:
-                _next_inputs(run, weights.attn_norm, weights.attn_norm_bias, layer + 1, shape, hidden, x, start, stop)
+            _add_blocks(model, batch, weights.down_bias, weights.ffn_post_norm, start, stop)
+            if layer + 1 < model.layers:
+                follower = layers[layer + 1]
+                _inputs(model, follower.attn_norm, follower.attn_norm_bias, batch, start, stop)
             else:
-                _next_inputs(run, weights.final_norm, weights.final_norm_bias, 0, shape, hidden, x, start, stop)
+                _inputs(model, model.final_norm, model.final_norm_bias, batch, start, stop)
             if finish(team, blocks):
                 advance(team, phase)
             block = take(team, phase, blocks)
         phase = wait(team, phase)
 
-    rows = logits.shape[0]  # the last ones of the batch
-    for word in range(7):
-        batch.wanted[thread, word] = batch.x[word]
-    wanted, skipped = at(batch.wanted[thread]), padded - rows
-    columns, lanes = batch.x[COLUMNS // 8], batch.x[LANES // 8]
-    batch.wanted[thread, VALUES // 8] += 4 * columns * skipped
-    batch.wanted[thread, QUANTS // 8] += columns * skipped
-    batch.wanted[thread, SCALES // 8] += 4 * lanes * skipped
-    batch.wanted[thread, SUMS // 8] += 4 * lanes * skipped
-    chunks = _chunks(shape.vocab, _HEAD_ROWS)
+    wanted = batch.wanted + thread * (SCRATCH + 8)
+    _last_vectors(x, padded - rows, wanted)
+    chunks = _chunks(model.vocab, _HEAD_ROWS)
     chunk = take(team, phase, chunks)
     while chunk >= 0:
         start = _HEAD_ROWS * chunk
-        part, matrix = min(shape.vocab - start, _HEAD_ROWS), row_of(weights.head, 0, start)
-        out, row = at(logits) + 4 * start, 4 * shape.vocab
-        call(run.table_tokens, (matrix, weights.head.shape[2], part, wanted, rows, out, row))
+        part, matrix = min(model.vocab - start, _HEAD_ROWS), model.head + start * model.table_stride
+        out = logits + 4 * start
+        call(model.table_tokens, (matrix, model.table_stride, part, wanted, rows, out, 4 * model.vocab))
         if finish(team, chunks):
             advance(team, phase)
         chunk = take(team, phase, chunks)

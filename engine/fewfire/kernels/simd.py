@@ -136,6 +136,11 @@ def load_i64(builder, address):
     return _load(builder, address, _I64)
 
 
+@instruction(types.void, types.intp, types.int64)
+def store_i64(builder, address, value):
+    builder.store(value, builder.inttoptr(address, _I64.as_pointer()), align=1)
+
+
 @instruction(types.int64, types.intp)
 def load_i32(builder, address):
     return builder.sext(_load(builder, address, _I32), _I64)
