@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= smollm2
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q install
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 
 MAKEFLAGS += --no-print-directory
 .PHONY: help chat test lint format clean

@@ -18,7 +18,7 @@ from fewfire_cli.text import stdin_lines
 @click.argument("model", default=options.DEFAULT_MODEL)
 @options.model_options
 @click.option("--system", metavar="TEXT", help="Instructions that the model sees first.")
-@options.sampling_options(temperature=0.3, top_k=40, top_p=0.95, min_p=0.05, repetition_penalty=1.0)
+@options.sampling_options(temperature=0.3, top_k=40, top_p=0.95, min_p=0.05, repetition_penalty=1.1)
 @click.option("--max-tokens", default=1024, show_default=True, help="Longest answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End an answer before this text (repeatable).")
 @click.option("--stats", is_flag=True, help="Tokens per second after each answer, on stderr.")

@@ -37,7 +37,8 @@ class Interactive:
     def run(self) -> None:
         """The loop. Ends on Ctrl-D and /exit; a turn that fails is reported, and the chat goes on."""
         model = self.conversation.model
-        terminal.note(f"{self.name}, {model.weights}, {model.threads} threads. /help lists commands.")
+        threads = f"{model.threads} thread{'s' if model.threads > 1 else ''}"
+        terminal.note(f"{self.name}, {model.weights}, {threads}. /help lists commands.")
         with LineInput(COMMANDS) as lines:
             while True:
                 try:
