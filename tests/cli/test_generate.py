@@ -94,5 +94,21 @@ def test_bad_model(tmp_path):
     run("generate", tmp_path, "x").failed(1, str(tmp_path))
 
 
+def test_damaged_packed_model(model, tmp_path):
+    out = tmp_path / "packed"
+    assert run("pack", model, out).code == 0
+    weights = out / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    run("generate", out, "x").failed(1, str(out))
+    (out / "fewfire.json").write_text("{")
+    run("generate", out, "x").failed(1, str(out))
+
+
+def test_a_cache_that_cannot_be_written(model, monkeypatch):
+    monkeypatch.setenv("FEWFIRE_CACHE", "/dev/null/cache")
+    run("generate", model, "x").failed(1, "/dev/null")
+    assert run("models").code == 0
+
+
 def test_a_prompt_in_the_place_of_the_model_is_noticed():
     run("generate", "Once upon a time", stdin="").failed(2, "model comes first", "'Once upon a time'")

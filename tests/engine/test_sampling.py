@@ -169,3 +169,32 @@ def _timed(f) -> float:
     start = time.perf_counter()
     f()
     return time.perf_counter() - start
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.7, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.3),
+        Sampling(temperature=1.8, top_p=0.95),
+        Sampling(temperature=0.3, top_k=5, min_p=0.2),
+    ],
+    ids=str,
+)
+def test_distribution_equals_that_of_transformers(sampling):
+    torch = pytest.importorskip("torch", reason="needs the `peers` extra")
+    process = pytest.importorskip("transformers.generation.logits_process")
+    s, logits, history = sampling, logits_of(5000), RNG.integers(0, 5000, 200).tolist()
+    steps = [
+        process.RepetitionPenaltyLogitsProcessor(float(s.repetition_penalty)),
+        process.TemperatureLogitsWarper(s.temperature),
+    ]
+    steps += [process.TopKLogitsWarper(s.top_k)] if s.top_k else []
+    steps += [process.TopPLogitsWarper(s.top_p)] if s.top_p < 1 else []
+    steps += [process.MinPLogitsWarper(s.min_p)] if s.min_p else []
+    scores = torch.from_numpy(logits.copy())[None]
+    for step in steps:
+        scores = step(torch.tensor([history]), scores)
+    theirs = torch.softmax(scores[0].double(), dim=-1).numpy()
+    ids, p = Sampler(sampling).distribution(logits, history)
+    assert set(ids.tolist()) == set(np.flatnonzero(theirs).tolist())
+    np.testing.assert_allclose(p, theirs[ids], rtol=1e-4)
