@@ -71,15 +71,11 @@ def transformers_model(checkpoint: Readable) -> Model:
         if config.post_norms and "norm" in name:
             values = values - 1  # Gemma multiplies with 1 + w
         if name == "positions.weight":
-            values = np.concatenate(
-                [np.zeros((2, config.hidden_size), np.float32), values]
-            )  # OPT starts at 2
+            values = np.concatenate([np.zeros((2, config.hidden_size), np.float32), values])  # OPT starts at 2
         state[hf_name(config, name)] = torch.from_numpy(values)
 
     settings = transformers.AutoConfig.for_model(**_settings(config))
-    model = _load(
-        transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)], None, config=settings, state_dict=state
-    )
+    model = _load(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)], None, config=settings, state_dict=state)
     if config.rope:
         for layer in model.model.layers:
             layer.self_attn.scaling = config.scale
@@ -115,11 +111,7 @@ def hf_name(config: ModelConfig, name: str) -> str:
         "q_norm": "self_attn.q_norm",
         "k_norm": "self_attn.k_norm",
         "attn_post_norm": "post_attention_layernorm",
-        "ffn_norm": "final_layer_norm"
-        if opt
-        else "pre_feedforward_layernorm"
-        if gemma
-        else "post_attention_layernorm",
+        "ffn_norm": "final_layer_norm" if opt else "pre_feedforward_layernorm" if gemma else "post_attention_layernorm",
         "ffn_post_norm": "post_feedforward_layernorm",
         "gate": "fc1" if opt else "mlp.gate_proj",
         "up": "mlp.up_proj",

@@ -173,9 +173,7 @@ def tiny_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]
     ff = config["ffn_dim"] if opt else config["intermediate_size"]
     root = "model.decoder." if opt else "model."
 
-    def linear(
-        name: str, rows: int, columns: int, bias: bool = False
-    ) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def linear(name: str, rows: int, columns: int, bias: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{root}{name}.weight", (rows, columns)
         if bias:
             yield f"{root}{name}.bias", (rows,)

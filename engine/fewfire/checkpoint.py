@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,10 +43,6 @@ class Checkpoint(Protocol):
 
     def chat_template(self) -> str | None:
         """The chat template, jinja text."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Short hex text that changes when the files do: their names, sizes and modification times."""
         ...
 
 
@@ -88,8 +84,10 @@ def finite(array: np.ndarray, name: str, where: Path) -> np.ndarray:
     return array
 
 
-def fingerprint(files: Iterable[Path]) -> str:
-    """See `Checkpoint.fingerprint`."""
+def fingerprint(path: Path) -> str:
+    """Short hex text that changes when a checkpoint's files do: names, sizes and modification times. Opens none."""
+    patterns = ("*.safetensors", "*.json", "*.jinja")
+    files = [file for pattern in patterns for file in path.glob(pattern)] if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in sorted(files):
         stat = file.stat()
@@ -166,11 +164,6 @@ class HFCheckpoint:
             named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
             template = named.get("default")
         return template if isinstance(template, str) else None
-
-    def fingerprint(self) -> str:
-        """See `Checkpoint.fingerprint`."""
-        names = ("*.safetensors", "*.json", "*.jinja")
-        return fingerprint(file for pattern in names for file in self.path.glob(pattern))
 
     def _position_offset(self, name: str) -> int:
         return self._family.position_offset if name == "positions.weight" else 0

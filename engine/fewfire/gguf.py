@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fewfire import gguffile
-from fewfire.checkpoint import END_OF_TURN, check_shapes, fingerprint, finite, row_range
+from fewfire.checkpoint import END_OF_TURN, check_shapes, finite, row_range
 from fewfire.config import ModelConfig, Rope
 from fewfire.errors import CheckpointError
 from fewfire.families import (
@@ -108,10 +108,6 @@ class GGUFCheckpoint:
         """See `Checkpoint.chat_template`."""
         template = self._metadata.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
-
-    def fingerprint(self) -> str:
-        """See `Checkpoint.fingerprint`."""
-        return fingerprint([self.path])
 
     def _read_permuted(self, tensor: gguffile.GGUFTensor, start: int, stop: int) -> np.ndarray:
         """Rows of q or k in half-split order: the file has rows i and i + head_dim / 2 of a head together."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from fewfire import generate, quantize
 from fewfire.chat import ChatTemplate, Message
-from fewfire.checkpoint import open_checkpoint
+from fewfire.checkpoint import fingerprint
 from fewfire.engine import Engine
 from fewfire.errors import CheckpointError
 from fewfire.generate import Completion, Stream
@@ -55,9 +55,8 @@ def _packed(source: str | Path, weights: str, progress: Progress) -> Packed:
     path = resolve(source, progress)
     if is_packed(path):
         return open_packed(path)
-    name = str(source) if not Path(source).exists() else path.stem or "model"
-    name = name.replace("/", "--").replace(":", "--")
-    cached = packed_dir() / f"{name}-{weights}-{open_checkpoint(path).fingerprint()}-v{VERSION}"
+    name = path.stem if Path(source).expanduser().exists() else str(source).replace("/", "--").replace(":", "--")
+    cached = packed_dir() / f"{name}-{weights}-{fingerprint(path)}-v{VERSION}"
     if not is_packed(cached):
         try:
             pack(path, cached, weights, progress, name)

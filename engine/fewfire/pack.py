@@ -59,6 +59,7 @@ def _write(checkpoint: Checkpoint, directory: Path, weights: str, progress: Prog
     first, offsets = packed.header(contents)
     last = offsets[list(contents)[-1]] + contents[list(contents)[-1]].nbytes
     total, done = last, 0
+    tokenizer, template = checkpoint.tokenizer_json(), checkpoint.chat_template()  # fail before the long part
     with (directory / WEIGHTS).open("wb") as file:
         file.write(first)
         for array_name, array in contents.items():
@@ -69,8 +70,8 @@ def _write(checkpoint: Checkpoint, directory: Path, weights: str, progress: Prog
                 done += rows.nbytes
                 progress(f"packing {name} as {weights}", done, total)
         _fill(file, last + packed.PAGE - last % packed.PAGE)
-    (directory / TOKENIZER).write_text(checkpoint.tokenizer_json(), encoding="utf-8")
-    if (template := checkpoint.chat_template()) is not None:
+    (directory / TOKENIZER).write_text(tokenizer, encoding="utf-8")
+    if template is not None:
         (directory / TEMPLATE).write_text(template, encoding="utf-8")
     description = {"version": packed.VERSION, "name": name, "weights": weights, "config": config.to_dict()}
     (directory / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fewfire.checkpoint import open_checkpoint
+from fewfire.checkpoint import fingerprint, open_checkpoint
 from fewfire.errors import CheckpointError
 from fewfire.families import canonical_to, family_of
 from fewfire.fields import Fields
@@ -289,8 +289,8 @@ def test_begin_token(tmp_path: Path) -> None:
 
 def test_fingerprint(tmp_path: Path) -> None:
     write_tiny("llama", tmp_path)
-    first = open_checkpoint(tmp_path).fingerprint()
-    assert first == open_checkpoint(tmp_path).fingerprint()
+    first = fingerprint(tmp_path)
+    assert first == fingerprint(tmp_path)
     assert len(first) == 16
     edit_json(tmp_path / "tokenizer_config.json", chat_template="other")
-    assert open_checkpoint(tmp_path).fingerprint() != first
+    assert fingerprint(tmp_path) != first

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from fewfire.checkpoint import open_checkpoint
+from fewfire.checkpoint import fingerprint, open_checkpoint
 from fewfire.config import Rope
 from fewfire.errors import CheckpointError
 from fewfire.tokenizer import Tokenizer
@@ -211,9 +211,9 @@ def test_fewer_tokens_than_rows(tmp_path: Path) -> None:
 
 def test_fingerprint(tmp_path: Path) -> None:
     path = write_tiny_gguf("llama", tmp_path / "x.gguf")
-    first = open_checkpoint(path).fingerprint()
-    assert first == open_checkpoint(path).fingerprint()
-    assert open_checkpoint(write_tiny_gguf("llama-tied", path)).fingerprint() != first
+    first = fingerprint(path)
+    assert first == fingerprint(path)
+    assert fingerprint(write_tiny_gguf("llama-tied", path)) != first
 
 
 def test_real_model(smollm2_path: Path) -> None:
