@@ -35,12 +35,12 @@ def load(
     """Opens a model for generation.
 
     source: an alias ("smollm2"), a directory in the Hugging Face layout, a hub id, a .gguf file, or a packed model
-    directory. Anything but a packed model is packed once, as `weights` ("q4", "q8", "bf16", "f32"), into the user's cache;
-    a packed model keeps its format. threads: default, all cores of the process. context: the most tokens a
+    directory. Anything but a packed model is packed once, as `weights` ("q4", "q8", "bf16", "f32"), into the user's
+    cache; a packed model keeps its format. threads: default, all cores of the process. context: the most tokens that a
     session may hold; default, the model's limit. progress: called with (stage, done, total) while fetching and packing.
 
-    Raises `ValueError` for an impossible option, `SourceError` if the model cannot be found or fetched, `CheckpointError`
-    if it is damaged or unsupported.
+    Raises `ValueError` for an impossible option, `SourceError` if the model cannot be found or fetched,
+    `CheckpointError` if it is damaged or unsupported.
     """
     quantize.check_format(weights)
     if threads is not None and not 1 <= threads <= 256:

@@ -1,7 +1,7 @@
 """Packing: checkpoint in, packed model out.
 
-Streams: one matrix of one layer (or a run of rows of the embedding) is in memory at a time. Everything is written under a
-temporary name next to the target and renamed at the end, so a packed model is never half there.
+Streams: one matrix of one layer (or a run of rows of the embedding) is in memory at a time. Everything is written under
+a temporary name next to the target and renamed at the end, so a packed model is never half there.
 """
 
 from __future__ import annotations

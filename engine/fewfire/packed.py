@@ -1,8 +1,8 @@
 """A packed model: a directory with everything the engine needs, laid out so that weights are mapped and never copied.
 
-`fewfire.json` describes it, `weights.safetensors` holds the arrays under the names of `kernels.decode.Weights`, each
-beginning on a page, `tokenizer.json` and `chat_template.jinja` come from the checkpoint. Opening one checks the description
-against the file's header and size, so a damaged model is refused before the first token.
+`fewfire.json` describes it, `weights.safetensors` holds the arrays that `arrays` lists, each beginning on a page,
+`tokenizer.json` and `chat_template.jinja` come from the checkpoint. Opening one checks the description against the
+file's header and size, so a damaged model is refused before the first token.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
 Every format pads a row with zeros to a multiple of 64 columns. The integer formats hold one signed integer per weight
 and one float16 scale per group of 32 neighbouring columns: weight = scale * integer, -127..127 for q8, -8..7 for q4.
 
-A row is laid out for one of two uses (`Layout`). "axpy" rows (down) keep their columns in order, q4 as eight nibbles per
-32-bit word: nibble n of word l in a run of 64 columns is column 8 n + l, in two's complement. "dot" rows (all others)
-interleave the groups of a block of eight (then four, two) four columns at a time, so that 32-bit lane l of a register
-adds up one group only; q4 puts registers 2m and 2m + 1 into the low and high nibbles of 32 bytes, as integer + 8.
+A row is laid out for one of two uses (`Layout`). "axpy" rows (down) keep their columns in order, q4 as eight nibbles
+per 32-bit word: nibble n of word l in a run of 64 columns is column 8 n + l, in two's complement. "dot" rows (all
+others) interleave the groups of a block of eight (then four, two) four columns at a time, so that 32-bit lane l of a
+register adds up one group only; q4 puts registers 2m and 2m + 1 into the low and high nibbles of 32 bytes, as
+integer + 8.
 The kernels in `kernels/gather.py` read exactly this.
 """
 

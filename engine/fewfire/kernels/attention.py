@@ -1,6 +1,6 @@
 """Attention of one query head over the cached keys and values of its group.
 
-One head's cache is `(positions, width)`, width being head_dim padded with zeros to a multiple of 8, in float32 or float16.
+One head's cache is `(positions, width)` in float32 or float16, width being head_dim padded to a multiple of 8.
 """
 
 import numpy as np
@@ -80,7 +80,7 @@ def _attend(load, size, keys, values, start, stop, query, scale, scores, out, wi
 def attend_f32(keys, values, start, stop, query, scale, scores, out, width):
     """out = softmax(scale * query . keys) values over the positions start <= p < stop of one cached head.
 
-    keys, values: addresses of position 0; query, out: (width,) float32; scores: room for stop - start floats and 8 more.
+    keys, values: addresses of position 0; query, out: (width,) float32; scores: scratch of stop - start + 8 floats.
     """
     _attend(load_f32x8, 4, keys, values, start, stop, query, scale, scores, out, width)
 

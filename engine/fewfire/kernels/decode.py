@@ -8,7 +8,6 @@ in a fixed order. So the result is the same bits for any number of threads.
 
 from fewfire.kernels.compile import inline, kernel
 from fewfire.kernels.layer import (
-    record,
     add_block,
     add_to,
     attend_head,
@@ -16,6 +15,7 @@ from fewfire.kernels.layer import (
     multiply_by,
     next_input,
     place_heads,
+    record,
     set_rope,
 )
 from fewfire.kernels.simd import call, load_f32, load_i32, splat_f32, store_f32, store_f32x8
@@ -26,10 +26,10 @@ _ROW_CHUNKS = 12
 _HEAD_ROWS = 512  # rows of the output head in a chunk
 
 # Buffers of one token, float32 unless said: descriptors of `x` (hidden,) and `attended`, whose values are `joined`
-# (heads * head_dim,); the residual stream `hidden` and what a block adds to it, `delta`; `query` and `context` (heads,
-# head_width), `key` (head_width,), `scores` (heads, scores_stride / 4); `partial` (NEURON_CHUNKS, width); the RoPE angles'
-# `cos` and `sin` (2, rope_half). Each thread has `gate` and `up` (the largest chunk's neurons and 8 more) and `factors`
-# (scratch of gather_axpy), so many bytes apart.
+# (heads * head_dim,); the residual stream `hidden` and what a block adds to it, `delta`; `query` and `context`
+# (heads, head_width), `key` (head_width,), `scores` (heads, scores_stride / 4); `partial` (NEURON_CHUNKS, width); `cos`
+# and `sin` (2, rope_half) of the RoPE angles. Each thread has `gate` and `up` (the largest chunk's neurons and 8 more)
+# and `factors` (scratch of gather_axpy), so many bytes apart.
 WORK = record("""
     x attended joined hidden delta qkv query context key scores scores_stride partial cos sin
     gate up chunk_stride factors factors_stride

@@ -258,9 +258,10 @@ def _multiply(panel, depth, h, h_stride, y, y_stride):
 
 @inline
 def _down_strip(read, matrix, stride, neurons, columns, strip, tokens, h, h_stride, panel, y, y_stride):
-    """y[t, 64 strip : 64 strip + 64] = sum over neurons i of h[t, i] * down row i, for all tokens (a multiple of 4).
+    """y[t, 64 strip : 64 strip + 64] = sum over neurons i of h[t, i] * down row i, for all tokens.
 
-    `matrix` is the first down row's address, rows have `columns` (padded) columns; strides in bytes; panel: 64 * 64 floats.
+    `matrix` is the first down row's address, rows have `columns` (padded) columns; `tokens` is a multiple of 4; strides
+    are in bytes; panel: 64 * 64 floats.
     """
     y += 256 * strip
     for t in range(tokens):

@@ -1,8 +1,9 @@
 """The two kernels of the engine: dot products of listed rows with x, and scaled sums of listed rows into y.
 
-A matrix is an array of rows, and its dtype says how a row is encoded (see `quantize.py`, which is these kernels' twin):
-float32 and uint16 (bf16) hold one element per column; int8 (q8) and uint8 (q4) hold the integers followed by one float16
-scale per group of 32 columns. A row's columns are padded to a multiple of 64. For dot products the integers of up to
+A matrix is the address of its first row and the bytes from row to row; a list of rows is an address of int32. How a row
+is encoded is the format in a kernel's name (see `quantize.py`, which is these kernels' twin): f32 and bf16 hold one
+element per column, q8 and q4 the integers followed by one float16 scale per group of 32 columns. A row's columns are
+padded to a multiple of 64. For dot products the integers of up to
 eight groups are interleaved four by four, so that each 32-bit lane of a register sums one group, and scales are applied
 once per block of groups instead of once per group. Rows for `axpy` keep their columns in order.
 """
@@ -46,10 +47,10 @@ from fewfire.kernels.simd import (
 
 _I = types.int64
 
-# An activation vector (or a batch of them) is known by the address of its descriptor, int64 words at these bytes:
-# the addresses of its float32 values, of its int8 quants in the rows' interleaved order, of float32 scales and of int32
-# sums, both one per 32-bit lane of each block of groups (the group's scale; eight times the sum of the lane's integers);
-# the padded number of columns; the lanes of one vector; the address of 256 bytes of scratch for each vector.
+# An activation vector (or a batch of them) is known by the address of its descriptor, int64 words at these bytes: the
+# addresses of its float32 values, of its int8 quants in the rows' interleaved order, of its float32 scales and int32 sums,
+# both one per 32-bit lane of each block of groups (the group's scale; eight times the sum of the lane's integers); the
+# padded number of columns; the lanes of one vector; the address of 256 bytes of scratch for each vector.
 VALUES, QUANTS, SCALES, SUMS, COLUMNS, LANES, SCRATCH = range(0, 56, 8)
 
 # --- one row . x ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Which vector instructions the integer dot products use, chosen once at import.
 
-`FEWFIRE_SIMD` forces a level (for tests and for hunting bugs); a level that the CPU lacks is an error, not a crash later.
+`FEWFIRE_SIMD` forces a level (for tests and for hunting bugs); one that the CPU lacks is an error, not a crash later.
 """
 
 import os

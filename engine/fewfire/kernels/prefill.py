@@ -7,7 +7,6 @@ from fewfire.kernels.compile import inline, kernel
 from fewfire.kernels.dense import STRIP, TOKENS
 from fewfire.kernels.gather import COLUMNS, LANES, QUANTS, SCALES, SCRATCH, SUMS, VALUES
 from fewfire.kernels.layer import (
-    record,
     add_block,
     add_to,
     attend_head,
@@ -16,6 +15,7 @@ from fewfire.kernels.layer import (
     multiply_by,
     next_input,
     place_heads,
+    record,
     set_rope,
 )
 from fewfire.kernels.simd import call, load_i64, store_i64
@@ -24,7 +24,7 @@ from fewfire.kernels.team import advance, finish, take, wait
 ROWS = 16  # rows or neurons in a chunk
 _HEAD_ROWS = 64
 
-# Buffers of a batch of `tokens` tokens (a multiple of 4), of which row t belongs to token t; otherwise as in `decode.WORK`.
+# Buffers of a batch of `tokens` tokens (a multiple of 4): row t belongs to token t; otherwise as in `decode.WORK`.
 # `fired` (tokens, neurons) is act(gate) * up. Each thread has `gate` and `up` (tokens, ROWS), `panel` (64 * 64 floats),
 # `key`, `context`, `scores`, and the descriptor `wanted` of those vectors whose logits are asked for.
 BATCH = record("""
