@@ -1,7 +1,8 @@
 """Vectors of 256 bits as Numba values: `i8x32`, `i32x8`, `f32x8` and the few instructions that the kernels need.
 
 Everything is target-independent LLVM IR, which any CPU can run, apart from the integer dot products: these have one
-definition per level of `level.py`. `plain` spells out what the others must compute, lane for lane.
+definition per level of `level.py`. `plain` spells out what the others must compute, lane for lane. What differs between
+levels takes the level as an argument (`emit_...`), so that tests can compile it for CPUs that they do not run on.
 Addresses are plain integers (`array.ctypes.data` plus bytes); nothing here checks bounds.
 """
 
@@ -199,8 +200,8 @@ def load_bf16x8(builder, address):
     return builder.bitcast(builder.shl(wide, _constant(_I32, 8, 16)), f32x8.llvm)
 
 
-def _half_to_float(builder: ir.IRBuilder, halves: ir.Value) -> ir.Value:
-    if LEVEL != "plain":
+def emit_half_to_float(builder: ir.IRBuilder, level: str, halves: ir.Value) -> ir.Value:
+    if level != "plain":
         return builder.fpext(builder.bitcast(halves, ir.VectorType(ir.HalfType(), 8)), f32x8.llvm)
     # Moves exponent and mantissa into place and multiplies by 2^(127-15): exact, subnormals too, and
     # needs no half-float support of the CPU. The sign goes along separately.
@@ -215,7 +216,7 @@ def _half_loader(groups: int) -> Any:
     @instruction(f32x8, types.intp)
     def load_f16(builder, address):
         halves = _load(builder, address, ir.VectorType(_I16, groups))
-        return _half_to_float(builder, _select_lanes(builder, halves, [i * groups // 8 for i in range(8)]))
+        return emit_half_to_float(builder, LEVEL, _select_lanes(builder, halves, [i * groups // 8 for i in range(8)]))
 
     return load_f16
 
@@ -386,7 +387,9 @@ def _dot_neon(builder: ir.IRBuilder, acc: ir.Value, a: ir.Value, b: ir.Value) ->
 
 
 def _dot_vnni(builder: ir.IRBuilder, acc: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
-    return _call(builder, "llvm.x86.avx512.vpdpbusd.256", i32x8.llvm, acc, unsigned, signed)
+    # LLVM 22 has the bytes as <32 x i8>, older ones as <8 x i32>; it still reads the older form.
+    words = [builder.bitcast(v, i32x8.llvm) for v in (unsigned, signed)]
+    return _call(builder, "llvm.x86.avx512.vpdpbusd.256", i32x8.llvm, acc, *words)
 
 
 def _pairs_avx2(builder: ir.IRBuilder, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
@@ -404,15 +407,28 @@ def _unsign(builder: ir.IRBuilder, w: ir.Value, x: ir.Value) -> tuple[ir.Value, 
     return magnitude, _call(builder, "llvm.x86.avx2.psign.b", i8x32.llvm, x, w)
 
 
+def emit_dot_s8(builder: ir.IRBuilder, level: str, acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+    if level == "vnni":
+        return _dot_vnni(builder, acc, *_unsign(builder, w, x))
+    if level == "avx2":
+        # 2 * 127 * 127 = 32258 fits 16 bits.
+        return builder.add(acc, _widen_avx2(builder, _pairs_avx2(builder, *_unsign(builder, w, x))))
+    return (_dot_neon if level == "neon" else _dot_plain)(builder, acc, w, x)
+
+
 @instruction(i32x8, i32x8, i8x32, i8x32)
 def dot_s8(builder, acc, w, x):
     """acc[l] + sum of w[4l + k] * x[4l + k], k < 4. Both signed, -127 to 127."""
-    if LEVEL == "vnni":
-        return _dot_vnni(builder, acc, *_unsign(builder, w, x))
-    if LEVEL == "avx2":
-        # 2 * 127 * 127 = 32258 fits 16 bits.
-        return builder.add(acc, _widen_avx2(builder, _pairs_avx2(builder, *_unsign(builder, w, x))))
-    return (_dot_neon if LEVEL == "neon" else _dot_plain)(builder, acc, w, x)
+    return emit_dot_s8(builder, LEVEL, acc, w, x)
+
+
+def emit_dot_u4(builder: ir.IRBuilder, level: str, acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+    if level == "vnni":
+        return _dot_vnni(builder, acc, w, x)
+    if level == "avx2":
+        pairs = builder.add(builder.bitcast(acc, ir.VectorType(_I16, 16)), _pairs_avx2(builder, w, x))
+        return builder.bitcast(pairs, i32x8.llvm)
+    return (_dot_neon if level == "neon" else _dot_plain)(builder, acc, w, x)
 
 
 @instruction(i32x8, i32x8, i8x32, i8x32)
@@ -422,20 +438,19 @@ def dot_u4(builder, acc, w, x):
     Between the calls the accumulator's contents are the level's own affair: avx2 keeps 16-bit sums of pairs
     (8 * 2 * 15 * 127 = 30480 fits), which saves one widening per call.
     """
-    if LEVEL == "vnni":
-        return _dot_vnni(builder, acc, w, x)
-    if LEVEL == "avx2":
-        pairs = builder.add(builder.bitcast(acc, ir.VectorType(_I16, 16)), _pairs_avx2(builder, w, x))
-        return builder.bitcast(pairs, i32x8.llvm)
-    return (_dot_neon if LEVEL == "neon" else _dot_plain)(builder, acc, w, x)
+    return emit_dot_u4(builder, LEVEL, acc, w, x)
+
+
+def emit_settle(builder: ir.IRBuilder, level: str, acc: ir.Value) -> ir.Value:
+    if level == "avx2":
+        return _widen_avx2(builder, builder.bitcast(acc, ir.VectorType(_I16, 16)))
+    return acc
 
 
 @instruction(i32x8, i32x8)
 def settle(builder, acc):
     """The 32-bit lane sums of an accumulator of `dot_u4`."""
-    if LEVEL == "avx2":
-        return _widen_avx2(builder, builder.bitcast(acc, ir.VectorType(_I16, 16)))
-    return acc
+    return emit_settle(builder, LEVEL, acc)
 
 
 @instruction(i8x32, i8x32)
