@@ -1,0 +1,387 @@
+"""Every primitive of the engine's kernels beside the few lines of NumPy that say what it computes.
+
+`TABLE["gather_dot_q4"](random, rows=64, columns=576, chosen=rows)` draws fresh inputs and returns a `Case`: `run()` is
+the call alone, for benchmarks, and `check()` runs it once and compares with the twin, for tests. Outputs begin as NaN
+between zones that nobody may write to; NaN also lies between and behind the rows of every input, so that a kernel which
+uses what it merely may read shows it. Twins compute in float64 and know nothing of lanes and registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from fewfire import quantize
+from fewfire.buffers import Activation, axpy_scratch
+from fewfire.kernels import attention, dense, gather, pointwise
+from fewfire.quantize import FORMATS, GROUP, Layout, dot_order, padded
+
+Random = np.random.Generator
+
+_GUARD = 64  # bytes
+_ROUNDING = 2e-6  # of the sum of the terms' sizes: float32 additions in an order that the twin does not know
+
+
+class Output:
+    """Memory that a kernel writes to: NaN at first, between guard zones, with `spare` bytes that it may overwrite."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: type = np.float32, spare: int = 0) -> None:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        self._raw = np.full(2 * _GUARD + size + spare, 0xFF, np.uint8)
+        self._zones = self._raw[:_GUARD], self._raw[_GUARD + size + spare :]
+        for zone in self._zones:
+            zone[:] = 0xA5
+        self.array: np.ndarray = self._raw[_GUARD : _GUARD + size].view(dtype).reshape(shape)
+
+    @property
+    def address(self) -> int:
+        return self.array.ctypes.data
+
+    def intact(self) -> bool:
+        """Whether the guard zones are as they were."""
+        return all((zone == 0xA5).all() for zone in self._zones)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What an output must hold after a call; NaN where it must not have been written."""
+
+    output: Output
+    values: np.ndarray
+    tolerance: np.ndarray | float = 0.0
+
+    def check(self) -> None:
+        found = self.output.array
+        assert self.output.intact(), "wrote outside its output"
+        untouched = np.isnan(self.values)
+        assert np.isnan(found[untouched]).all(), "wrote where it should not"
+        over = np.abs(found.astype(np.float64) - self.values) - self.tolerance
+        wrong = ~untouched & ~(over <= 0)
+        if wrong.any():
+            at = tuple(int(i[0]) for i in np.nonzero(wrong))
+            raise AssertionError(
+                f"{wrong.sum()} of {wrong.size} wrong, first at {at}: {found[at]}, not {self.values[at]}"
+            )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a primitive. `bytes` is what it has to read of a matrix or a cache."""
+
+    run: Callable[[], None]
+    expectations: tuple[Expectation, ...]
+    bytes: int = 0
+    scratch: tuple[Output, ...] = ()
+
+    def check(self) -> None:
+        """Calls the primitive and compares. Raises `AssertionError`."""
+        self.run()
+        for expectation in self.expectations:
+            expectation.check()
+        assert all(scratch.intact() for scratch in self.scratch), "wrote outside its scratch"
+
+    def results(self) -> list[np.ndarray]:
+        """What the outputs hold."""
+        return [expectation.output.array for expectation in self.expectations]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Packed rows with NaN between and behind them, and the float32 matrix that they stand for."""
+
+    raw: np.ndarray
+    stride: int
+    row_bytes: int
+    values: np.ndarray  # (rows, columns)
+
+    @property
+    def address(self) -> int:
+        return self.raw.ctypes.data
+
+    def wide(self) -> np.ndarray:
+        """The values in float64, padded as the rows are."""
+        out = np.zeros((len(self.values), padded(self.values.shape[1])))
+        out[:, : self.values.shape[1]] = self.values
+        return out
+
+
+def matrix(random: Random, rows: int, columns: int, weights: str, layout: Layout) -> Matrix:
+    """A random matrix with rows of different sizes, some groups of zeros and one row of zeros."""
+    values = random.standard_normal((rows, columns), np.float32) * np.exp(random.uniform(-3, 1, (rows, 1)))
+    for group in range(0, columns, GROUP):
+        values[random.random(rows) < 0.05, group : group + GROUP] = 0
+    values[random.integers(rows)] = 0
+    stored = quantize.encode(values.astype(np.float32), weights, layout)
+    row_bytes = stored.nbytes // rows
+    stride = row_bytes + 4 * int(random.integers(4))
+    raw = np.full(rows * stride + _GUARD, 0xFF, np.uint8)
+    raw[: rows * stride].reshape(rows, stride)[:, :row_bytes] = stored.view(np.uint8)
+    return Matrix(raw, stride, row_bytes, quantize.decode(stored, weights, layout, columns))
+
+
+def quantized(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The twin of activations in int8: `(tokens, columns)` integers and `(tokens, groups)` float32 scales."""
+    groups = values.reshape(len(values), -1, GROUP)
+    largest = np.abs(groups).max(axis=2)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    return np.rint(groups * inverse[:, :, None]).astype(np.int8).reshape(values.shape), largest / np.float32(127)
+
+
+def per_lane(integers: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Integers in the order of dot rows, and each 32-bit lane's scale and eight times its sum of integers."""
+    tokens, columns = integers.shape
+    quants = integers[:, dot_order(columns)]
+    lane_scales, lane_sums, start, groups = [], [], 0, columns // GROUP
+    while start < groups:
+        block = next(size for size in (8, 4, 2) if size <= groups - start)
+        lane_scales.append(np.repeat(scales[:, start : start + block], 8 // block, axis=1))
+        inside = quants[:, GROUP * start : GROUP * (start + block)].reshape(tokens, block, 8, 4)
+        lane_sums.append(8 * inside.sum(axis=(1, 3), dtype=np.int32))
+        start += block
+    return quants, np.concatenate(lane_scales, axis=1), np.concatenate(lane_sums, axis=1)
+
+
+def activation(random: Random, tokens: int, columns: int, weights: str) -> tuple[Activation, np.ndarray]:
+    """Random vectors, and the float64 values that a kernel of this format sees of them (padded)."""
+    vectors = Activation(columns, tokens)
+    vectors.values[:, :columns] = random.standard_normal((tokens, columns), np.float32)
+    vectors.values[:, :columns] *= np.exp(random.uniform(-2, 2, (tokens, columns))).astype(np.float32)
+    vectors.values[random.random(tokens) < 0.1, : min(columns, GROUP)] = 0
+    integers, scales = quantized(vectors.values)
+    vectors.quants[:], vectors.scales[:], vectors.sums[:] = per_lane(integers, scales)
+    if weights in ("f32", "bf16"):
+        return vectors, vectors.values.astype(np.float64)
+    return vectors, integers * np.repeat(scales.astype(np.float64), GROUP, axis=1)
+
+
+def _dots(rows: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x . rows for every pair, `(vectors, rows)`, and how far float32 may be off."""
+    return x @ rows.T, _ROUNDING * (np.abs(x) @ np.abs(rows).T)
+
+
+def gather_dot(weights: str, random: Random, *, rows: int, columns: int, chosen: Sequence[int] | np.ndarray) -> Case:
+    """Dot products of the chosen rows with one vector."""
+    m, listed = matrix(random, rows, columns, weights, "dot"), np.array(chosen, np.int32)
+    x, seen = activation(random, 1, columns, weights)
+    out = Output((listed.size,))
+    values, tolerance = _dots(m.wide()[listed], seen)
+    arguments = (m.address, m.stride, listed.ctypes.data, listed.size, x.descriptor.ctypes.data, out.address)
+
+    def run(_keep: object = (m, x, listed)) -> None:
+        getattr(gather, f"gather_dot_{weights}")(*arguments)
+
+    return Case(run, (Expectation(out, values[0], tolerance[0]),), listed.size * m.row_bytes)
+
+
+def gather_axpy(weights: str, random: Random, *, rows: int, columns: int, chosen: Sequence[int] | np.ndarray) -> Case:
+    """y += the chosen rows, each times its factor."""
+    m, listed = matrix(random, rows, columns, weights, "axpy"), np.array(chosen, np.int32)
+    factors = random.standard_normal(listed.size, np.float32)
+    y, scratch = Output((padded(columns),)), Output((axpy_scratch(columns),))
+    y.array[:] = random.standard_normal(y.array.size, np.float32)
+    before, taken = y.array.astype(np.float64), m.wide()[listed]
+    tolerance = _ROUNDING * (np.abs(before) + np.abs(factors) @ np.abs(taken))
+    arguments = (
+        m.address, m.stride, listed.ctypes.data, listed.size, factors.ctypes.data, y.address, padded(columns),
+        scratch.address,
+    )  # fmt: skip
+
+    def run(_keep: object = (m, listed, factors)) -> None:
+        getattr(gather, f"gather_axpy_{weights}")(*arguments)
+
+    expected = Expectation(y, before + factors @ taken, tolerance)
+    return Case(run, (expected,), listed.size * m.row_bytes, (scratch,))
+
+
+def read_row(weights: str, random: Random, *, rows: int, columns: int, row: int) -> Case:
+    """One dot row as float32."""
+    m, out = matrix(random, rows, columns, weights, "dot"), Output((padded(columns),))
+    address = m.address + row * m.stride
+
+    def run(_keep: object = m) -> None:
+        getattr(gather, f"read_row_{weights}")(address, padded(columns), out.address)
+
+    return Case(run, (Expectation(out, m.wide()[row]),), m.row_bytes)
+
+
+def dot_tokens(weights: str, random: Random, *, rows: int, columns: int, tokens: int) -> Case:
+    """Dot products of neighbouring rows with several vectors."""
+    m = matrix(random, rows, columns, weights, "dot")
+    x, seen = activation(random, tokens, columns, weights)
+    out = Output((tokens, rows + int(random.integers(5))))
+    values, tolerance = np.full(out.array.shape, np.nan), np.zeros(out.array.shape)
+    values[:, :rows], tolerance[:, :rows] = _dots(m.wide(), seen)
+    arguments = (m.address, m.stride, rows, x.descriptor.ctypes.data, tokens, out.address, out.array.strides[0])
+
+    def run(_keep: object = (m, x)) -> None:
+        getattr(dense, f"dot_tokens_{weights}")(*arguments)
+
+    return Case(run, (Expectation(out, values, tolerance),), rows * m.row_bytes)
+
+
+def down_strip(weights: str, random: Random, *, neurons: int, columns: int, strip: int, tokens: int) -> Case:
+    """64 columns of the sum of all down rows, each times its neuron's activation, for several tokens."""
+    m, width = matrix(random, neurons, columns, weights, "axpy"), padded(columns)
+    h = np.full((tokens, neurons + int(random.integers(5))), np.nan, np.float32)
+    h[:, :neurons] = random.standard_normal((tokens, neurons), np.float32)
+    h[:, :neurons] *= random.random((tokens, neurons)) < 0.5
+    y, panel = Output((tokens, width)), Output((64, 64))
+    values, tolerance = np.full((tokens, width), np.nan), np.zeros((tokens, width))
+    part = slice(dense.STRIP * strip, dense.STRIP * (strip + 1))
+    values[:, part], tolerance[:, part] = _dots(m.wide()[:, part].T, h[:, :neurons].astype(np.float64))
+    arguments = (
+        m.address, m.stride, neurons, width, strip, tokens, h.ctypes.data, h.strides[0], panel.address, y.address,
+        y.array.strides[0],
+    )  # fmt: skip
+
+    def run(_keep: object = (m, h)) -> None:
+        getattr(dense, f"down_strip_{weights}")(*arguments)
+
+    return Case(run, (Expectation(y, values, tolerance),), neurons * m.row_bytes * dense.STRIP // width, (panel,))
+
+
+def quantize_vector(random: Random, *, columns: int, tokens: int = 1, vector: int = 0) -> Case:
+    """The int8 side of one of several vectors, integer for integer."""
+    x, _ = activation(random, tokens, columns, "f32")
+    integers, scales = quantized(x.values[vector : vector + 1])
+    expected = per_lane(integers, scales)
+    outputs = [Output((tokens, e.shape[1]), e.dtype.type) for e in expected]
+    scratch = Output((256 * tokens,), np.int8)
+    descriptor = x.descriptor.copy()
+    descriptor[[1, 2, 3, 6]] = [*(o.address for o in outputs), scratch.address]
+
+    def run(_keep: object = x) -> None:
+        pointwise.quantize(descriptor.ctypes.data, vector)
+
+    def rows(output: Output, values: np.ndarray) -> Expectation:
+        whole = output.array.astype(np.float64)
+        whole[vector] = values[0]
+        return Expectation(output, whole)
+
+    return Case(run, tuple(rows(o, e) for o, e in zip(outputs, expected, strict=True)), scratch=(scratch,))
+
+
+def rms_norm(random: Random, *, columns: int, in_place: bool = False, eps: float = 1e-5) -> Case:
+    """x / sqrt(mean(x^2) + eps) * weight."""
+    x, weight, out = _vector(random, columns), _vector(random, columns), Output((columns,))
+    if in_place:
+        out.array[:] = x
+    wide = x.astype(np.float64)
+    values = wide / np.sqrt(np.mean(wide**2) + eps) * weight
+    arguments = (out.address if in_place else x.ctypes.data, weight.ctypes.data, eps, columns, out.address)
+
+    def run(_keep: object = (x, weight)) -> None:
+        pointwise.rms_norm(*arguments)
+
+    return Case(run, (Expectation(out, values, _ROUNDING * np.abs(values) + 1e-30),))
+
+
+def layer_norm(random: Random, *, columns: int, eps: float = 1e-5) -> Case:
+    """(x - mean) / sqrt(var + eps) * weight + bias."""
+    x, weight, bias, out = *(_vector(random, columns) for _ in range(3)), Output((columns,))
+    x += 3
+    wide = x.astype(np.float64)
+    scaled = (wide - wide.mean()) / np.sqrt(wide.var() + eps) * weight
+    arguments = (x.ctypes.data, weight.ctypes.data, bias.ctypes.data, eps, columns, out.address)
+
+    def run(_keep: object = (x, weight, bias)) -> None:
+        pointwise.layer_norm(*arguments)
+
+    return Case(run, (Expectation(out, scaled + bias, _ROUNDING * (np.abs(scaled) + np.abs(bias))),))
+
+
+def activate(random: Random, *, kind: int, count: int, threshold: float = 0.0) -> Case:
+    """The activation function, in place; it may overwrite the seven values that follow."""
+    out = Output((count,), spare=28)
+    out.array[:] = random.standard_normal(count, np.float32) * 5
+    special = np.array([0, -0.0, 1e-30, -1e-30, 90, -90, 3e4, -3e4, 1e15, -1e15, threshold], np.float32)
+    out.array[: min(count, special.size)] = special[:count]
+    x = out.array.astype(np.float64)
+    with np.errstate(over="ignore"):
+        values = {
+            pointwise.SILU: lambda: x / (1 + np.exp(-x)),
+            pointwise.GELU_TANH: lambda: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+            pointwise.RELU: lambda: np.maximum(x, 0),
+            pointwise.RELU2: lambda: np.maximum(x, 0) ** 2,
+            pointwise.FATRELU: lambda: np.where(x > np.float32(threshold), x, 0),
+        }[kind]()
+
+    def run() -> None:
+        pointwise.activate(kind, threshold, out.address, count)
+
+    return Case(run, (Expectation(out, values, _ROUNDING * np.abs(values) + 1e-7),))
+
+
+def rotate(random: Random, *, half: int) -> Case:
+    """RoPE of one head: pairs (i, i + half) turned by random angles."""
+    out, angles = Output((2 * half,)), random.uniform(-4, 4, half)
+    out.array[:] = _vector(random, 2 * half)
+    turned = (out.array[:half] + 1j * out.array[half:]) * np.exp(1j * angles)
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    sizes = np.tile(np.abs(out.array[:half]) + np.abs(out.array[half:]), 2)
+    arguments = (out.address, cos.ctypes.data, sin.ctypes.data, half)
+
+    def run(_keep: object = (cos, sin)) -> None:
+        pointwise.rotate(*arguments)
+
+    return Case(run, (Expectation(out, np.concatenate([turned.real, turned.imag]), _ROUNDING * sizes),))
+
+
+_CELLS: dict[str, type[np.floating]] = {"f32": np.float32, "f16": np.float16}
+
+
+def attend(cache: str, random: Random, *, start: int, stop: int, head_dim: int) -> Case:
+    """softmax(scale * query . keys) values over the positions from start to stop; all others are NaN."""
+    width = -(-head_dim // 8) * 8
+    cells = np.full((2, stop + 3, width), np.nan, _CELLS[cache])
+    cells[:, start:stop] = 0
+    cells[:, start:stop, :head_dim] = random.standard_normal((2, stop - start, head_dim))
+    query, scale = np.zeros(width, np.float32), float(random.uniform(0.5, 2)) / head_dim**0.5
+    query[:head_dim] = random.standard_normal(head_dim) * 2
+    keys, values = (c[start:stop].astype(np.float64) for c in cells)
+    scores = scale * (keys @ query)
+    shares = np.exp(scores - scores.max())
+    shares /= shares.sum()
+    out, scratch = Output((width,)), Output((stop - start + 8,))
+    arguments = (
+        cells[0].ctypes.data, cells[1].ctypes.data, start, stop, query.ctypes.data, scale, scratch.address, out.address,
+        width,
+    )  # fmt: skip
+
+    def run(_keep: object = (cells, query)) -> None:
+        getattr(attention, f"attend_{cache}")(*arguments)
+
+    # an error in a score is an error of the same size in its share
+    tolerance = (_ROUNDING * (2 + scale * (np.abs(keys) @ np.abs(query)).max())) * (shares @ np.abs(values))
+    return Case(run, (Expectation(out, shares @ values, tolerance),), 2 * keys.size * cells.itemsize, (scratch,))
+
+
+def remember(cache: str, random: Random, *, width: int) -> Case:
+    """One key or value into its cell, rounded to the cache's type."""
+    vector = _vector(random, width) * np.float32(10.0) ** random.integers(-3, 6, width).astype(np.float32)
+    out = Output((width,), _CELLS[cache])
+    limit = float(np.finfo(_CELLS[cache]).max)
+
+    def run(_keep: object = vector) -> None:
+        getattr(attention, f"remember_{cache}")(out.address, vector.ctypes.data, width)
+
+    return Case(run, (Expectation(out, np.clip(vector, -limit, limit).astype(_CELLS[cache])),))
+
+
+def _vector(random: Random, size: int) -> np.ndarray:
+    return random.standard_normal(size, np.float32) * np.float32(2)
+
+
+TABLE: dict[str, Callable[..., Case]] = {
+    **{f"{f.__name__}_{w}": partial(f, w) for f in (gather_dot, gather_axpy, read_row) for w in FORMATS},
+    **{f"{f.__name__}_{w}": partial(f, w) for f in (dot_tokens, down_strip) for w in FORMATS},
+    **{f"{f.__name__}_{c}": partial(f, c) for f in (attend, remember) for c in _CELLS},
+    "quantize": quantize_vector,
+    "rms_norm": rms_norm,
+    "layer_norm": layer_norm,
+    "activate": activate,
+    "rotate": rotate,
+}
