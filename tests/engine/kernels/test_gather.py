@@ -15,7 +15,7 @@ KINDS = ("empty", "one", "few", "repeated", "sorted", "full", "permuted")
 def chosen(random: np.random.Generator, kind: str, rows: int) -> np.ndarray:
     """A list of rows, as a selector might give it and as none would."""
     return {
-        "empty": lambda: [],
+        "empty": list,
         "one": lambda: [rows - 1],
         "few": lambda: random.integers(rows, size=random.integers(2, 8)),
         "repeated": lambda: np.repeat(random.integers(rows), 9),
