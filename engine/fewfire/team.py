@@ -43,9 +43,11 @@ class Team:
         `keep` owns the memory that addresses among the arguments point to: a late worker may still look at it.
         """
         phase = next_phase(self._state)
-        for number, queue in enumerate(self._queues, start=1):
-            queue.put((kernel, (self._state, phase, number, *arguments), keep))
-        kernel(self._state, phase, 0, *arguments)
+        try:
+            for number, queue in enumerate(self._queues, start=1):
+                queue.put((kernel, (self._state, phase, number, *arguments), keep))
+        finally:  # an interruption must not leave the workers on their own, in the middle, when the next call comes
+            kernel(self._state, phase, 0, *arguments)
 
 
 def _work(queue: SimpleQueue[_Job | None], number: int) -> None:
