@@ -16,8 +16,8 @@ def head_width(c: ModelConfig) -> int:
 
 
 def axpy_scratch(columns: int) -> int:
-    """Floats of scratch for `gather_axpy`: the group scales of four rows, each rounded up to eight."""
-    return 4 * (-(-padded(columns) // 256) * 8)
+    """Floats of scratch for `gather_axpy`: the group scales of four rows and one sum, each rounded up to eight."""
+    return 5 * (-(-padded(columns) // 256) * 8)
 
 
 class Activation:
@@ -30,7 +30,7 @@ class Activation:
         self.values = np.zeros((tokens, n), np.float32)
         self.quants = np.zeros((tokens, n), np.int8)
         self.scales = np.zeros((tokens, lanes), np.float32)
-        self.sums = np.zeros((tokens, lanes), np.int32)
+        self.sums = np.zeros((tokens, lanes), np.float32)
         self._scratch = np.zeros((tokens, 256), np.int8)
         parts = (self.values, self.quants, self.scales, self.sums)
         self.descriptor = np.array([*(p.ctypes.data for p in parts), n, lanes, self._scratch.ctypes.data], np.int64)

@@ -17,7 +17,7 @@ from fewfire.kernels.decode import decode
 from fewfire.kernels.dense import TOKENS
 from fewfire.kernels.layer import CACHE, LAYER, MODEL
 from fewfire.kernels.prefill import prefill
-from fewfire.packed import Packed, table_format
+from fewfire.packed import Packed
 from fewfire.quantize import padded
 from fewfire.team import Team
 
@@ -103,16 +103,16 @@ class Engine:
 
 def _model(packed: Packed, cache: str, cell: int) -> Buffers:
     """The record of a model, with the primitives for its formats: compiled now, or taken from the disk cache."""
-    c, arrays, weights, table = packed.config, packed.arrays, packed.weights, table_format(packed.weights)
+    c, arrays, of = packed.config, packed.arrays, packed.formats
     model = Buffers(MODEL)
     primitives = {
-        "gather_dot": getattr(gather, f"gather_dot_{weights}"),
-        "gather_axpy": getattr(gather, f"gather_axpy_{weights}"),
-        "dot_tokens": getattr(dense, f"dot_tokens_{weights}"),
-        "down_strip": getattr(dense, f"down_strip_{weights}"),
-        "table_dot": getattr(gather, f"gather_dot_{table}"),
-        "table_tokens": getattr(dense, f"dot_tokens_{table}"),
-        "table_row": getattr(gather, f"read_row_{table}"),
+        "gather_dot": getattr(gather, f"gather_dot_{of.rows}"),
+        "gather_axpy": getattr(gather, f"gather_axpy_{of.down}"),
+        "dot_tokens": getattr(dense, f"dot_tokens_{of.rows}"),
+        "down_strip": getattr(dense, f"down_strip_{of.down}"),
+        "table_dot": getattr(gather, f"gather_dot_{of.table}"),
+        "table_tokens": getattr(dense, f"dot_tokens_{of.table}"),
+        "table_row": getattr(gather, f"read_row_{of.table}"),
         "attend": getattr(attention, f"attend_{cache}"),
         "remember": getattr(attention, f"remember_{cache}"),
     }

@@ -21,7 +21,8 @@ from fewfire import packed, quantize
 from fewfire.checkpoint import Checkpoint, open_checkpoint
 from fewfire.config import ModelConfig
 from fewfire.errors import CheckpointError, FewfireError
-from fewfire.packed import DESCRIPTION, TEMPLATE, TOKENIZER, WEIGHTS
+from fewfire.kernels import encode
+from fewfire.packed import DESCRIPTION, TEMPLATE, TOKENIZER, WEIGHTS, Formats
 from fewfire.progress import Progress, silent
 
 _ROWS = 2048  # encoded at a time
@@ -87,50 +88,61 @@ def _fill(file: BinaryIO, size: int) -> None:
 
 def _rows(checkpoint: Checkpoint, config: ModelConfig, name: str, weights: str) -> Iterator[np.ndarray]:
     """The contents of one array of the packed model, in runs of rows."""
+    of = packed.formats(config, weights)
     if name in ("embed", "head"):
-        table = packed.table_format(weights)
         for start in range(0, config.vocab_size, _ROWS):
             stop = min(config.vocab_size, start + _ROWS)
-            yield _encode(checkpoint.read(f"{name}.weight", start, stop), table, "dot", f"{name}.weight")
+            yield _encode(checkpoint.read(f"{name}.weight", start, stop), of.table, "dot", f"{name}.weight")
     elif name == "positions":
         yield checkpoint.read("positions.weight")
     elif name.startswith("final_norm"):
         yield checkpoint.read("final_norm.bias" if name.endswith("bias") else "final_norm.weight")
     else:
         for layer in range(config.num_hidden_layers):
-            yield from _layer_rows(checkpoint, config, f"layers.{layer}.", name, weights)
+            yield from _layer_rows(checkpoint, config, f"layers.{layer}.", name, of)
 
 
-def _layer_rows(checkpoint: Checkpoint, config: ModelConfig, at: str, name: str, weights: str) -> Iterator[np.ndarray]:
+def _layer_rows(checkpoint: Checkpoint, config: ModelConfig, at: str, name: str, of: Formats) -> Iterator[np.ndarray]:
     if name == "qkv":
         for part in "qkv":
-            yield _encode(checkpoint.read(f"{at}{part}.weight"), weights, "dot", f"{at}{part}.weight")
+            yield _encode(checkpoint.read(f"{at}{part}.weight"), of.rows, "dot", f"{at}{part}.weight")
     elif name == "qkv_bias":
         for part in "qkv":
             yield checkpoint.read(f"{at}{part}.bias")
     elif name in ("o", "gate"):
-        yield _encode(checkpoint.read(f"{at}{name}.weight"), weights, "dot", f"{at}{name}.weight")
+        yield _encode(checkpoint.read(f"{at}{name}.weight"), of.rows, "dot", f"{at}{name}.weight")
     elif name == "updown":
-        yield from _neurons(checkpoint, config, at, weights)
+        yield from _neurons(checkpoint, config, at, of)
     elif name.endswith("_bias"):
         yield checkpoint.read(f"{at}{name.removesuffix('_bias')}.bias")
     else:
         yield checkpoint.read(f"{at}{name}.weight")
 
 
-def _neurons(checkpoint: Checkpoint, config: ModelConfig, at: str, weights: str) -> Iterator[np.ndarray]:
+def _neurons(checkpoint: Checkpoint, config: ModelConfig, at: str, of: Formats) -> Iterator[np.ndarray]:
     """Each neuron's up row and down row, next to each other."""
     down = checkpoint.read(f"{at}down.weight")  # (hidden, neurons)
     for start in range(0, config.intermediate_size, _ROWS):
         stop = min(config.intermediate_size, start + _ROWS)
-        rows = [_encode(np.ascontiguousarray(down[:, start:stop].T), weights, "axpy", f"{at}down.weight")]
+        rows = [_encode(np.ascontiguousarray(down[:, start:stop].T), of.down, "axpy", f"{at}down.weight")]
         if config.gated:
             up = checkpoint.read(f"{at}up.weight", start, stop)
-            rows.insert(0, _encode(up, weights, "dot", f"{at}up.weight"))
+            rows.insert(0, _encode(up, of.rows, "dot", f"{at}up.weight"))
         yield np.concatenate(rows, axis=1)
 
 
 def _encode(matrix: np.ndarray, weights: str, layout: quantize.Layout, name: str) -> np.ndarray:
     if weights in ("q4", "q8") and np.abs(matrix).max(initial=0.0) > quantize.LARGEST[weights]:
         raise CheckpointError(f"{name}: a weight is too large for {weights}; pack it as bf16 or f32")
-    return quantize.encode(matrix, weights, layout)
+    return quantize.encode(matrix, weights, layout, _fit_q4)
+
+
+def _fit_q4(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`quantize.fit_q4`, compiled."""
+    groups = np.ascontiguousarray(groups)
+    integers = np.empty(groups.shape, np.int8)
+    scales, minima = np.empty(groups.shape[:2], np.float32), np.empty(groups.shape[:2], np.float32)
+    arguments = (groups, quantize.SPANS, integers, scales, minima)
+    values, spans, *out = (array.ctypes.data for array in arguments)
+    encode.fit_q4(values, groups.size // quantize.GROUP, spans, quantize.SPANS.size, *out)
+    return integers, scales.astype(np.float16), minima.astype(np.float16)

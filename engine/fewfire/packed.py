@@ -12,16 +12,16 @@ import math
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fewfire import quantize
 from fewfire.config import ModelConfig
 from fewfire.errors import CheckpointError
-from fewfire.quantize import row_elements
+from fewfire.quantize import row_bytes
 
-VERSION = 1
+VERSION = 2
 DESCRIPTION, WEIGHTS, TOKENIZER, TEMPLATE = (
     "fewfire.json",
     "weights.safetensors",
@@ -29,8 +29,7 @@ DESCRIPTION, WEIGHTS, TOKENIZER, TEMPLATE = (
     "chat_template.jinja",
 )
 PAGE = 4096
-_SAFETENSORS = {"F32": np.float32, "U16": np.uint16, "I8": np.int8, "U8": np.uint8}
-_NAMES = {np.dtype(dtype): name for name, dtype in _SAFETENSORS.items()}
+_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.uint8): "U8"}
 _PARTS = {
     "embed": ("embed", "positions"),
     "attention": ("qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias"),
@@ -41,7 +40,7 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Array:
-    """Shape and element type of one array of a packed model."""
+    """Shape and element type of one array of a packed model. Matrices are bytes `(layers, rows, row bytes)`."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -51,13 +50,26 @@ class Array:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def table_format(weights: str) -> str:
-    """The format of the embedding and the head in a model of this format.
+class Formats(NamedTuple):
+    """The number formats of a packed model's parts."""
 
-    The head's rows meet every token, and 4 bits there cost more perplexity than everywhere else together for the bytes
-    that they save (perf/LOG.md, "formats"), so q4 models keep them in q8.
+    rows: str  # q, k, v, o, gate, up
+    down: str
+    table: str  # the embedding and the head
+
+
+_SMALL = 1024
+
+
+def formats(config: ModelConfig, weights: str) -> Formats:
+    """What a model packed as `weights` really uses.
+
+    In q4, the tables stay in q8, and so do the down rows of small models (hidden size under 1024): there the loss is
+    largest for the bytes that it saves (perf/LOG.md, "q4: where four bits are too few").
     """
-    return "q8" if weights == "q4" else weights
+    if weights != "q4":
+        return Formats(weights, weights, weights)
+    return Formats("q4", "q8" if config.hidden_size < _SMALL else "q4", "q8")
 
 
 def arrays(config: ModelConfig, weights: str) -> dict[str, Array]:
@@ -69,21 +81,21 @@ def arrays(config: ModelConfig, weights: str) -> dict[str, Array]:
     def floats(name: str, *shape: int) -> None:
         out[name] = Array(shape, np.dtype(np.float32))
 
-    def matrix(name: str, shape: tuple[int, int], *columns: int, weights: str = weights) -> None:
-        elements = sum(row_elements(weights, n) for n in columns)
-        out[name] = Array((*shape, elements), quantize.dtype(weights))
+    def matrix(name: str, count: int, rows: int, row: int) -> None:
+        out[name] = Array((count, rows, row), np.dtype(np.uint8))
 
-    table = table_format(weights)
-    matrix("embed", (1, c.vocab_size), c.hidden_size, weights=table)
+    of = formats(config, weights)
+    table, row = row_bytes(of.table, c.hidden_size), row_bytes(of.rows, c.hidden_size)
+    matrix("embed", 1, c.vocab_size, table)
     if not c.tie_word_embeddings:
-        matrix("head", (1, c.vocab_size), c.hidden_size, weights=table)
+        matrix("head", 1, c.vocab_size, table)
     if c.rope is None:
         floats("positions", c.max_position_embeddings, c.hidden_size)
-    matrix("qkv", (layers, queries + 2 * keys), c.hidden_size)
-    matrix("o", (layers, c.hidden_size), queries)
-    matrix("gate", (layers, c.intermediate_size), c.hidden_size)
-    down = (c.hidden_size, c.hidden_size) if c.gated else (c.hidden_size,)  # up row and down row, or down row alone
-    matrix("updown", (layers, c.intermediate_size), *down)
+    matrix("qkv", layers, queries + 2 * keys, row)
+    matrix("o", layers, c.hidden_size, row_bytes(of.rows, queries))
+    matrix("gate", layers, c.intermediate_size, row)
+    up = row if c.gated else 0
+    matrix("updown", layers, c.intermediate_size, up + row_bytes(of.down, c.hidden_size))
     if c.qkv_bias:
         floats("qkv_bias", layers, queries + 2 * keys)
     if c.o_bias:
@@ -140,6 +152,11 @@ class Packed:
     config: ModelConfig
     weights: str
     arrays: dict[str, np.ndarray]
+
+    @property
+    def formats(self) -> Formats:
+        """The number formats of its parts."""
+        return formats(self.config, self.weights)
 
     def parts(self) -> dict[str, int]:
         """Bytes of the embedding, attention, FFN, head and norms; a tied head has none of its own."""

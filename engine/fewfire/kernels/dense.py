@@ -31,7 +31,6 @@ from fewfire.kernels.simd import (
     splat_f32_at,
     store_f32,
     store_f32x8,
-    subtract_i32,
     sum_lanes,
     to_f32,
     zeros_i32,
@@ -75,12 +74,7 @@ def _block_q8(row, quants, stride, groups):
 
 
 @inline
-def _less(acc, sums):
-    return to_f32(subtract_i32(settle(acc), load_i32x8(sums)))  # the nibbles hold weight + 8
-
-
-@inline
-def _block_q4(row, quants, stride, sums, lanes, groups):
+def _block_q4(row, quants, stride, groups):
     a, b, c, d = zeros_i32(), zeros_i32(), zeros_i32(), zeros_i32()
     for i in range(0, 16 * groups, 32):
         packed, at = load_i8x32(row + i), quants + 2 * i
@@ -89,7 +83,7 @@ def _block_q4(row, quants, stride, sums, lanes, groups):
         b = dot_u4(dot_u4(b, low, load_i8x32(at + stride)), high, load_i8x32(at + stride + 32))
         c = dot_u4(dot_u4(c, low, load_i8x32(at + 2 * stride)), high, load_i8x32(at + 2 * stride + 32))
         d = dot_u4(dot_u4(d, low, load_i8x32(at + 3 * stride)), high, load_i8x32(at + 3 * stride + 32))
-    return _less(a, sums), _less(b, sums + lanes), _less(c, sums + 2 * lanes), _less(d, sums + 3 * lanes)
+    return to_f32(settle(a)), to_f32(settle(b)), to_f32(settle(c)), to_f32(settle(d))
 
 
 @inline
@@ -100,6 +94,14 @@ def _scaled(products, scale, x_scale, lanes, totals):
     b = fma(q, mul(scale, load_f32x8(x_scale + lanes)), b)
     c = fma(r, mul(scale, load_f32x8(x_scale + 2 * lanes)), c)
     d = fma(s, mul(scale, load_f32x8(x_scale + 3 * lanes)), d)
+    return a, b, c, d
+
+
+@inline
+def _with_minima(minimum, sums, lanes, totals):
+    a, b, c, d = totals
+    a, b = fma(minimum, load_f32x8(sums), a), fma(minimum, load_f32x8(sums + lanes), b)
+    c, d = fma(minimum, load_f32x8(sums + 2 * lanes), c), fma(minimum, load_f32x8(sums + 3 * lanes), d)
     return a, b, c, d
 
 
@@ -126,16 +128,21 @@ def _four_q4(row, x, t):
     stride, lanes = load_i64(x + COLUMNS), 4 * load_i64(x + LANES)
     groups, scale = stride // 32, row + stride // 2
     quants, x_scale = load_i64(x + QUANTS) + t * stride, load_i64(x + SCALES) + t * lanes
-    sums = load_i64(x + SUMS) + t * lanes
+    minimum, sums = scale + 2 * groups, load_i64(x + SUMS) + t * lanes
     totals = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
     for _ in range(groups // 8):
-        totals = _scaled(_block_q4(row, quants, stride, sums, lanes, 8), load_f16x8(scale), x_scale, lanes, totals)
-        row, quants, scale, x_scale, sums = row + 128, quants + 256, scale + 16, x_scale + 32, sums + 32
+        totals = _scaled(_block_q4(row, quants, stride, 8), load_f16x8(scale), x_scale, lanes, totals)
+        totals = _with_minima(load_f16x8(minimum), sums, lanes, totals)
+        row, quants, scale, x_scale = row + 128, quants + 256, scale + 16, x_scale + 32
+        minimum, sums = minimum + 16, sums + 32
     if groups & 4:
-        totals = _scaled(_block_q4(row, quants, stride, sums, lanes, 4), load_f16x4(scale), x_scale, lanes, totals)
-        row, quants, scale, x_scale, sums = row + 64, quants + 128, scale + 8, x_scale + 32, sums + 32
+        totals = _scaled(_block_q4(row, quants, stride, 4), load_f16x4(scale), x_scale, lanes, totals)
+        totals = _with_minima(load_f16x4(minimum), sums, lanes, totals)
+        row, quants, scale, x_scale = row + 64, quants + 128, scale + 8, x_scale + 32
+        minimum, sums = minimum + 8, sums + 32
     if groups & 2:
-        totals = _scaled(_block_q4(row, quants, stride, sums, lanes, 2), load_f16x2(scale), x_scale, lanes, totals)
+        totals = _scaled(_block_q4(row, quants, stride, 2), load_f16x2(scale), x_scale, lanes, totals)
+        totals = _with_minima(load_f16x2(minimum), sums, lanes, totals)
     a, b, c, d = totals
     return sum_lanes(a), sum_lanes(b), sum_lanes(c), sum_lanes(d)
 
@@ -216,17 +223,18 @@ def _strip_q8(row, columns, strip, out):
 
 @inline
 def _strip_q4(row, columns, strip, out):
-    packed = load_i32x8(row + 32 * strip)
-    scale = splat_f32(first_lane(load_f16x2(row + columns // 2 + 4 * strip)))
-    store_f32x8(out, mul(scale, simd.signed_nibble_0(packed)))
-    store_f32x8(out + 32, mul(scale, simd.signed_nibble_1(packed)))
-    store_f32x8(out + 64, mul(scale, simd.signed_nibble_2(packed)))
-    store_f32x8(out + 96, mul(scale, simd.signed_nibble_3(packed)))
-    scale = splat_f32(first_lane(load_f16x2(row + columns // 2 + 4 * strip + 2)))
-    store_f32x8(out + 128, mul(scale, simd.signed_nibble_4(packed)))
-    store_f32x8(out + 160, mul(scale, simd.signed_nibble_5(packed)))
-    store_f32x8(out + 192, mul(scale, simd.signed_nibble_6(packed)))
-    store_f32x8(out + 224, mul(scale, simd.signed_nibble_7(packed)))
+    packed, scales = load_i32x8(row + 32 * strip), row + columns // 2 + 4 * strip
+    minima = scales + columns // 16
+    scale, minimum = splat_f32(first_lane(load_f16x2(scales))), splat_f32(first_lane(load_f16x2(minima)))
+    store_f32x8(out, fma(scale, simd.nibble_0(packed), minimum))
+    store_f32x8(out + 32, fma(scale, simd.nibble_1(packed), minimum))
+    store_f32x8(out + 64, fma(scale, simd.nibble_2(packed), minimum))
+    store_f32x8(out + 96, fma(scale, simd.nibble_3(packed), minimum))
+    scale, minimum = splat_f32(first_lane(load_f16x2(scales + 2))), splat_f32(first_lane(load_f16x2(minima + 2)))
+    store_f32x8(out + 128, fma(scale, simd.nibble_4(packed), minimum))
+    store_f32x8(out + 160, fma(scale, simd.nibble_5(packed), minimum))
+    store_f32x8(out + 192, fma(scale, simd.nibble_6(packed), minimum))
+    store_f32x8(out + 224, fma(scale, simd.nibble_7(packed), minimum))
 
 
 @inline

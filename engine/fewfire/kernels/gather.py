@@ -2,7 +2,8 @@
 
 A matrix is the address of its first row and the bytes from row to row; a list of rows is an address of int32. How a row
 is encoded is the format in a kernel's name (see `quantize.py`, which is these kernels' twin): f32 and bf16 hold one
-element per column, q8 and q4 the integers followed by one float16 scale per group of 32 columns. A row's columns are
+element per column, q8 and q4 integers, then a float16 scale per group of 32 columns, q4 then a float16
+minimum per group. A row's columns are
 padded to a multiple of 64. For dot products the integers of up to
 eight groups are interleaved four by four, so that each 32-bit lane of a register sums one group, and scales are applied
 once per block of groups instead of once per group. Rows for `axpy` keep their columns in order.
@@ -39,7 +40,6 @@ from fewfire.kernels.simd import (
     splat_f32_at,
     store_f32,
     store_f32x8,
-    subtract_i32,
     sum_lanes,
     to_f32,
     zeros_i32,
@@ -48,8 +48,8 @@ from fewfire.kernels.simd import (
 _I = types.int64
 
 # An activation vector (or a batch of them) is known by the address of its descriptor, int64 words at these bytes: the
-# addresses of its float32 values, of its int8 quants in the rows' interleaved order, of its float32 scales and int32 sums,
-# both one per 32-bit lane of each block of groups (the group's scale; eight times the sum of the lane's integers); the
+# addresses of its float32 values, of its int8 quants in the rows' interleaved order, of its float32 scales and sums,
+# both one per 32-bit lane of each block of groups (the group's scale; that times the sum of the lane's integers); the
 # padded number of columns; the lanes of one vector; the address of 256 bytes of scratch for each vector.
 VALUES, QUANTS, SCALES, SUMS, COLUMNS, LANES, SCRATCH = range(0, 56, 8)
 
@@ -87,13 +87,13 @@ def _block_q8(row, quants, groups):
 
 
 @inline
-def _block_q4(row, quants, sums, groups):
+def _block_q4(row, quants, groups):
     acc = zeros_i32()
     for i in range(0, 16 * groups, 32):
         packed = load_i8x32(row + i)
         acc = dot_u4(acc, low_nibbles(packed), load_i8x32(quants + 2 * i))
         acc = dot_u4(acc, high_nibbles(packed), load_i8x32(quants + 2 * i + 32))
-    return subtract_i32(settle(acc), load_i32x8(sums))  # the nibbles hold weight + 8
+    return settle(acc)
 
 
 @inline
@@ -118,15 +118,21 @@ def _dot_q4(row, x):
     columns = load_i64(x + COLUMNS)
     groups, quants, x_scale = columns // 32, load_i64(x + QUANTS), load_i64(x + SCALES)
     scale, sums = row + columns // 2, load_i64(x + SUMS)
+    minimum = scale + 2 * groups
     acc = splat_f32(0.0)
     for _ in range(groups // 8):
-        acc = fma(to_f32(_block_q4(row, quants, sums, 8)), mul(load_f16x8(scale), load_f32x8(x_scale)), acc)
-        row, quants, scale, x_scale, sums = row + 128, quants + 256, scale + 16, x_scale + 32, sums + 32
+        acc = fma(to_f32(_block_q4(row, quants, 8)), mul(load_f16x8(scale), load_f32x8(x_scale)), acc)
+        acc = fma(load_f16x8(minimum), load_f32x8(sums), acc)
+        row, quants, scale, x_scale = row + 128, quants + 256, scale + 16, x_scale + 32
+        minimum, sums = minimum + 16, sums + 32
     if groups & 4:
-        acc = fma(to_f32(_block_q4(row, quants, sums, 4)), mul(load_f16x4(scale), load_f32x8(x_scale)), acc)
-        row, quants, scale, x_scale, sums = row + 64, quants + 128, scale + 8, x_scale + 32, sums + 32
+        acc = fma(to_f32(_block_q4(row, quants, 4)), mul(load_f16x4(scale), load_f32x8(x_scale)), acc)
+        acc = fma(load_f16x4(minimum), load_f32x8(sums), acc)
+        row, quants, scale, x_scale = row + 64, quants + 128, scale + 8, x_scale + 32
+        minimum, sums = minimum + 8, sums + 32
     if groups & 2:
-        acc = fma(to_f32(_block_q4(row, quants, sums, 2)), mul(load_f16x2(scale), load_f32x8(x_scale)), acc)
+        acc = fma(to_f32(_block_q4(row, quants, 2)), mul(load_f16x2(scale), load_f32x8(x_scale)), acc)
+        acc = fma(load_f16x2(minimum), load_f32x8(sums), acc)
     return sum_lanes(acc)
 
 
@@ -193,18 +199,18 @@ def _axpy_bf16(rows, factors, y, columns, scratch):
 
 
 @inline
-def _scale_groups(scale, factor, groups, out):
-    """Factor times each group's scale, for one row. Reads and writes up to 7 groups past the end."""
+def _group_factors(parameters, factor, groups, out):
+    """Factor times each group's scale or minimum, for one row. Reads and writes up to 7 groups past the end."""
     f = splat_f32(factor)
     for i in range(0, groups, 8):
-        store_f32x8(out + 4 * i, mul(f, load_f16x8(scale + 2 * i)))
+        store_f32x8(out + 4 * i, mul(f, load_f16x8(parameters + 2 * i)))
 
 
 @inline
 def _scaled_factors(rows, factors, quant_bytes, groups, scratch):
     stride = 4 * ((groups + 7) // 8 * 8)
     for j in range(4):
-        _scale_groups(rows[j] + quant_bytes, factors[j], groups, scratch + j * stride)
+        _group_factors(rows[j] + quant_bytes, factors[j], groups, scratch + j * stride)
     return stride
 
 
@@ -224,28 +230,43 @@ def _axpy_q8(rows, factors, y, columns, scratch):
 
 
 @inline
+def _sum_minima(rows, factors, offset, groups, out):
+    """What the four rows' minima add to each column of a group: the sum of factor times minimum."""
+    r0, r1, r2, r3 = rows[0] + offset, rows[1] + offset, rows[2] + offset, rows[3] + offset
+    f0, f1, f2, f3 = splat_f32(factors[0]), splat_f32(factors[1]), splat_f32(factors[2]), splat_f32(factors[3])
+    for i in range(0, 2 * groups, 16):
+        s = add(mul(f0, load_f16x8(r0 + i)), mul(f1, load_f16x8(r1 + i)))
+        s = fma(f3, load_f16x8(r3 + i), fma(f2, load_f16x8(r2 + i), s))
+        store_f32x8(out + 2 * i, s)
+
+
+@inline
 def _group_q4(row, factor, half, s0, s1, s2, s3):
     packed = load_i32x8(row)
     if half == 0:
-        s0 = fma(factor, simd.signed_nibble_0(packed), s0)
-        s1 = fma(factor, simd.signed_nibble_1(packed), s1)
-        s2 = fma(factor, simd.signed_nibble_2(packed), s2)
-        s3 = fma(factor, simd.signed_nibble_3(packed), s3)
+        s0 = fma(factor, simd.nibble_0(packed), s0)
+        s1 = fma(factor, simd.nibble_1(packed), s1)
+        s2 = fma(factor, simd.nibble_2(packed), s2)
+        s3 = fma(factor, simd.nibble_3(packed), s3)
     else:
-        s0 = fma(factor, simd.signed_nibble_4(packed), s0)
-        s1 = fma(factor, simd.signed_nibble_5(packed), s1)
-        s2 = fma(factor, simd.signed_nibble_6(packed), s2)
-        s3 = fma(factor, simd.signed_nibble_7(packed), s3)
+        s0 = fma(factor, simd.nibble_4(packed), s0)
+        s1 = fma(factor, simd.nibble_5(packed), s1)
+        s2 = fma(factor, simd.nibble_6(packed), s2)
+        s3 = fma(factor, simd.nibble_7(packed), s3)
     return s0, s1, s2, s3
 
 
 @inline
 def _axpy_q4(rows, factors, y, columns, scratch):
-    stride = _scaled_factors(rows, factors, columns // 2, columns // 32, scratch)
+    groups = columns // 32
+    stride = _scaled_factors(rows, factors, columns // 2, groups, scratch)
+    _sum_minima(rows, factors, columns // 2 + 2 * groups, groups, scratch + 4 * stride)
     r0, r1, r2, r3 = rows
     for _ in range(columns // 64):
         for half in range(2):
-            s0, s1, s2, s3 = load_f32x8(y), load_f32x8(y + 32), load_f32x8(y + 64), load_f32x8(y + 96)
+            m = splat_f32_at(scratch + 4 * stride)
+            s0, s1 = add(m, load_f32x8(y)), add(m, load_f32x8(y + 32))
+            s2, s3 = add(m, load_f32x8(y + 64)), add(m, load_f32x8(y + 96))
             s0, s1, s2, s3 = _group_q4(r0, splat_f32_at(scratch), half, s0, s1, s2, s3)
             s0, s1, s2, s3 = _group_q4(r1, splat_f32_at(scratch + stride), half, s0, s1, s2, s3)
             s0, s1, s2, s3 = _group_q4(r2, splat_f32_at(scratch + 2 * stride), half, s0, s1, s2, s3)
@@ -342,8 +363,10 @@ def read_row_q8(row, columns, out):
 
 @primitive(_I, _I, _I)
 def read_row_q4(row, columns, out):
+    groups, scales = columns // 32, row + columns // 2
     for i in range(columns):
-        column = _column(i, columns // 32)
-        scale = first_lane(load_f16x2(row + columns // 2 + column // 32 * 2))
+        column = _column(i, groups)
+        scale = first_lane(load_f16x2(scales + column // 32 * 2))
+        minimum = first_lane(load_f16x2(scales + 2 * groups + column // 32 * 2))
         nibble = load_i8(row + i // 64 * 32 + i % 32) >> (i % 64 // 32 * 4) & 15
-        store_f32(out + 4 * column, np.float32(nibble - 8) * scale)
+        store_f32(out + 4 * column, np.float32(nibble) * scale + minimum)

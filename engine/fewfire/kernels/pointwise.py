@@ -30,12 +30,11 @@ from fewfire.kernels.simd import (
     splat_f32,
     store_f32,
     store_f32x8,
-    store_i32x8,
     store_rounded_i8x8,
     subtract,
     sum_lanes,
-    times_8,
     times_power_of_two,
+    to_f32,
     where_over,
     zeros_i32,
 )
@@ -154,7 +153,7 @@ def quantize(x, t):
             for lane in range(8):
                 copy_4_bytes(quants + 32 * v + 4 * lane, plain + 4 * (lane * block + v))
             total = dot_s8(total, ones_i8(), load_i8x32(quants + 32 * v))
-        store_i32x8(sums, times_8(total))
+        store_f32x8(sums, mul(to_f32(total), load_f32x8(scales)))
         quants, scales, sums, groups = quants + 32 * block, scales + 32, sums + 32, groups - block
 
 

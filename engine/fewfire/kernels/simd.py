@@ -226,9 +226,7 @@ load_f16x4 = _half_loader(4)  # 4 float16, each into two neighbouring lanes
 load_f16x2 = _half_loader(2)  # 2 float16, each into four neighbouring lanes
 
 
-@instruction(types.void, types.intp, f32x8)
-def store_f16x8(builder, address, value):
-    """8 float16, rounded to nearest even and clamped to their range (65504)."""
+def _float_to_half(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     bits = builder.bitcast(value, i32x8.llvm)
     sign = builder.and_(builder.lshr(bits, _constant(_I32, 8, 16)), _constant(_I32, 8, 0x8000))
     size = _call(builder, "llvm.fabs.v8f32", f32x8.llvm, value)
@@ -236,8 +234,20 @@ def store_f16x8(builder, address, value):
     small = builder.bitcast(builder.fmul(size, _constant(_F32, 8, 2.0**-112)), i32x8.llvm)
     odd = builder.and_(builder.lshr(small, _constant(_I32, 8, 13)), _constant(_I32, 8, 1))
     rounded = builder.lshr(builder.add(builder.add(small, odd), _constant(_I32, 8, 0xFFF)), _constant(_I32, 8, 13))
-    halves = builder.trunc(builder.or_(rounded, sign), ir.VectorType(_I16, 8))
+    return builder.trunc(builder.or_(rounded, sign), ir.VectorType(_I16, 8))
+
+
+@instruction(types.void, types.intp, f32x8)
+def store_f16x8(builder, address, value):
+    """8 float16, rounded to nearest even and clamped to their range (65504)."""
+    halves = _float_to_half(builder, value)
     builder.store(halves, builder.inttoptr(address, halves.type.as_pointer()), align=1)
+
+
+@instruction(f32x8, f32x8)
+def round_to_f16(builder, value):
+    """The float16 values nearest to these, as float32."""
+    return emit_half_to_float(builder, LEVEL, _float_to_half(builder, value))
 
 
 # --- arithmetic -----------------------------------------------------------------------------------------------------
@@ -315,20 +325,10 @@ def times_power_of_two(builder, value, exponent):
     return builder.bitcast(builder.add(builder.bitcast(value, i32x8.llvm), bits), f32x8.llvm)
 
 
-@instruction(i32x8, i32x8, i32x8)
-def subtract_i32(builder, a, b):
-    return builder.sub(a, b)
-
-
 @instruction(i8x32)
 def ones_i8(builder):
     """All bytes 1."""
     return _constant(_I8, 32, 1)
-
-
-@instruction(i32x8, i32x8)
-def times_8(builder, value):
-    return builder.shl(value, _constant(_I32, 8, 3))
 
 
 @instruction(types.float32, f32x8)
@@ -463,15 +463,15 @@ def high_nibbles(builder, packed):
     return builder.lshr(packed, _constant(_I8, 32, 4))
 
 
-def _signed_nibble(nibble: int) -> Any:
+def _nibble(number: int) -> Any:
     @instruction(f32x8, i32x8)
-    def signed_nibble(builder, packed):
-        """One two's-complement nibble of each 32-bit lane, as float."""
-        up = builder.shl(packed, _constant(_I32, 8, 28 - 4 * nibble))
-        return builder.sitofp(builder.ashr(up, _constant(_I32, 8, 28)), f32x8.llvm)
+    def nibble(builder, packed):
+        """One nibble of each 32-bit lane, as float."""
+        down = builder.lshr(packed, _constant(_I32, 8, 4 * number))
+        return builder.sitofp(builder.and_(down, _constant(_I32, 8, 15)), f32x8.llvm)
 
-    return signed_nibble
+    return nibble
 
 
-signed_nibble_0, signed_nibble_1, signed_nibble_2, signed_nibble_3 = (_signed_nibble(n) for n in range(4))
-signed_nibble_4, signed_nibble_5, signed_nibble_6, signed_nibble_7 = (_signed_nibble(n) for n in range(4, 8))
+nibble_0, nibble_1, nibble_2, nibble_3 = (_nibble(n) for n in range(4))
+nibble_4, nibble_5, nibble_6, nibble_7 = (_nibble(n) for n in range(4, 8))
