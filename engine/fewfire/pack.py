@@ -6,8 +6,7 @@ a temporary name next to the target and renamed at the end, so a packed model is
 
 from __future__ import annotations
 
-import contextlib
-import json
+import errno
 import os
 import shutil
 import tempfile
@@ -67,23 +66,25 @@ def _write(checkpoint: Checkpoint, directory: Path, weights: str, progress: Prog
             file.seek(offsets[array_name])
             for rows in _rows(checkpoint, config, array_name, weights):
                 assert rows.dtype == array.dtype
-                rows.tofile(file)
+                file.write(rows.data)  # and not rows.tofile, whose errors do not say what the system said
                 done += rows.nbytes
                 progress(f"packing {name} as {weights}", done, total)
         _fill(file, last + packed.PAGE - last % packed.PAGE)
     (directory / TOKENIZER).write_text(tokenizer, encoding="utf-8")
     if template is not None:
         (directory / TEMPLATE).write_text(template, encoding="utf-8")
-    description = {"version": packed.VERSION, "name": name, "weights": weights, "config": config.to_dict()}
-    (directory / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    (directory / DESCRIPTION).write_text(packed.describe(name, weights, config), encoding="utf-8")
     progress(f"packing {name} as {weights}", total, total)
 
 
 def _fill(file: BinaryIO, size: int) -> None:
     file.truncate(size)
     file.flush()
-    with contextlib.suppress(OSError):  # some file systems cannot
+    try:
         os.fsync(file.fileno())
+    except OSError as error:  # some file systems cannot; others say only now that they are full
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 def _rows(checkpoint: Checkpoint, config: ModelConfig, name: str, weights: str) -> Iterator[np.ndarray]:

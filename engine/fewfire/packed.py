@@ -1,12 +1,13 @@
 """A packed model: a directory with everything the engine needs, laid out so that weights are mapped and never copied.
 
 `fewfire.json` describes it, `weights.safetensors` holds the arrays that `arrays` lists, each beginning on a page,
-`tokenizer.json` and `chat_template.jinja` come from the checkpoint. Opening one checks the description against the
-file's header and size, so a damaged model is refused before the first token.
+`tokenizer.json` and `chat_template.jinja` come from the checkpoint. Opening one checks the description against its own
+digest and against the file's header and size, so a damaged model is refused before the first token.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -16,12 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fewfire import quantize
 from fewfire.config import ModelConfig
 from fewfire.errors import CheckpointError
 from fewfire.quantize import row_bytes
 
-VERSION = 2
+VERSION = 3
 DESCRIPTION, WEIGHTS, TOKENIZER, TEMPLATE = (
     "fewfire.json",
     "weights.safetensors",
@@ -143,6 +143,16 @@ def header(contents: dict[str, Array]) -> tuple[bytes, dict[str, int]]:
     return len(text).to_bytes(8, "little") + text, {name: begin + offset for name, offset in offsets.items()}
 
 
+def describe(name: str, weights: str, config: ModelConfig) -> str:
+    """The text of `fewfire.json`; its digest shows damage that is still JSON."""
+    content = {"version": VERSION, "name": name, "weights": weights, "config": config.to_dict()}
+    return json.dumps({**content, "digest": _digest(content)}, indent=1) + "\n"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Packed:
     """An opened packed model; `arrays` are read-only views of the mapped file."""
@@ -181,7 +191,8 @@ def open_packed(path: Path) -> Packed:
         version, weights = description["version"], description["weights"]
         if version != VERSION:
             raise CheckpointError(f"{path}: packed by another version of fewfire ({version}, not {VERSION}); {remedy}")
-        quantize.check_format(weights)
+        if description.pop("digest") != _digest(description):
+            raise ValueError("digest")
         config = ModelConfig.from_dict(description["config"])
         contents = arrays(config, weights)
         first, offsets = header(contents)
@@ -201,5 +212,5 @@ def open_packed(path: Path) -> Packed:
         raise
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read the packed model ({error.strerror}); {remedy}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(f"{path}: {DESCRIPTION} is damaged; {remedy}") from None
