@@ -6,18 +6,20 @@ An `Engine` is shared by all sessions of a model; a lock lets one forward pass r
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from fewfire.buffers import Batch, Buffers, Workspace, head_width
 from fewfire.config import ACTIVATIONS
 from fewfire.kernels import attention, dense, gather, pointwise
+from fewfire.kernels.compile import Compiled, Primitive
 from fewfire.kernels.decode import decode
 from fewfire.kernels.dense import TOKENS
 from fewfire.kernels.layer import CACHE, LAYER, MODEL
 from fewfire.kernels.prefill import prefill
-from fewfire.packed import Packed
+from fewfire.packed import Formats, Packed
+from fewfire.progress import Progress, silent
 from fewfire.quantize import padded
 from fewfire.team import Team
 
@@ -48,14 +50,16 @@ class KVCache(Buffers):
 class Engine:
     """Runs a packed model's forward pass."""
 
-    def __init__(self, packed: Packed, threads: int) -> None:
+    def __init__(self, packed: Packed, threads: int, progress: Progress = silent) -> None:
         self.config = packed.config
         self._team = Team(threads)
         self._lock = threading.Lock()
         # Cached keys and values are as exact as the weights deserve.
         self._cache_format = "f32" if packed.weights in ("f32", "bf16") else "f16"
         self._cell = head_width(packed.config) * (4 if self._cache_format == "f32" else 2)
-        self._model = _model(packed, self._cache_format, self._cell)
+        primitives = _primitives(packed.formats, self._cache_format)
+        _compile([*primitives.values(), decode, prefill], progress)
+        self._model = _model(packed, primitives, self._cell)
         self._layers = _layers(packed)
         self._packed = packed  # owns the mapped weights
         self._work = Workspace(packed.config, threads, 0)
@@ -101,10 +105,8 @@ class Engine:
         return valid if all_logits else valid[-1:]
 
 
-def _model(packed: Packed, cache: str, cell: int) -> Buffers:
-    """The record of a model, with the primitives for its formats: compiled now, or taken from the disk cache."""
-    c, arrays, of = packed.config, packed.arrays, packed.formats
-    model = Buffers(MODEL)
+def _primitives(of: Formats, cache: str) -> dict[str, Primitive]:
+    """The primitives for a model's number formats, by their fields in the model's record."""
     primitives = {
         "gather_dot": getattr(gather, f"gather_dot_{of.rows}"),
         "gather_axpy": getattr(gather, f"gather_axpy_{of.down}"),
@@ -118,6 +120,21 @@ def _model(packed: Packed, cache: str, cell: int) -> Buffers:
     }
     for name in ("rms_norm", "layer_norm", "quantize", "rotate", "activate"):
         primitives[name] = getattr(pointwise, name)
+    return primitives
+
+
+def _compile(compiled: Sequence[Compiled], progress: Progress) -> None:
+    """Compiles what earlier processes have not left on disk, reporting it: that takes seconds each."""
+    missing = [each for each in compiled if not each.cached]
+    for done, each in enumerate(missing):
+        progress("compiling kernels for this CPU (only once)", done, len(missing))
+        each.compile()
+
+
+def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int) -> Buffers:
+    """The record of a model."""
+    c, arrays = packed.config, packed.arrays
+    model = Buffers(MODEL)
     model.number(**{name: primitive.address for name, primitive in primitives.items()})
     strides = {f"{name}_stride": arrays[name].strides[1] for name in ("qkv", "o", "gate", "updown")}
     model.number(

@@ -37,7 +37,8 @@ def load(
     source: an alias ("smollm2"), a directory in the Hugging Face layout, a hub id, a .gguf file, or a packed model
     directory. Anything but a packed model is packed once, as `weights` ("q4", "q8", "bf16", "f32"), into the user's
     cache; a packed model keeps its format. threads: default, all cores of the process. context: the most tokens that a
-    session may hold; default, the model's limit. progress: called with (stage, done, total) while fetching and packing.
+    session may hold; default, the model's limit. progress: called with (stage, done, total) while fetching, packing
+    and compiling.
 
     Raises `ValueError` for an impossible option, `SourceError` if the model cannot be found or fetched,
     `CheckpointError` if it is damaged or unsupported.
@@ -47,7 +48,7 @@ def load(
         raise ValueError(f"threads must be from 1 to 256, not {threads}")
     if context is not None and context < 1:
         raise ValueError(f"context must be at least 1 token, not {context}")
-    return Model(_packed(source, weights, progress), threads or default_threads(), context)
+    return Model(_packed(source, weights, progress), threads or default_threads(), context, progress)
 
 
 def _packed(source: str | Path, weights: str, progress: Progress) -> Packed:
@@ -69,13 +70,13 @@ def _packed(source: str | Path, weights: str, progress: Progress) -> Packed:
 class Model:
     """A loaded model. Safe to use from several threads: forward passes take turns, sessions are independent."""
 
-    def __init__(self, packed: Packed, threads: int, context: int | None = None) -> None:
+    def __init__(self, packed: Packed, threads: int, context: int | None = None, progress: Progress = silent) -> None:
         self.path, self.weights, self.config = packed.path, packed.weights, packed.config
         self.packed = packed
         self.context = min(context or packed.config.max_position_embeddings, packed.config.max_position_embeddings)
         self.tokenizer = _tokenizer(packed)
         self.chat_template = _template(packed, self.tokenizer)
-        self.engine = Engine(packed, threads)
+        self.engine = Engine(packed, threads, progress)
 
     @property
     def threads(self) -> int:

@@ -1,20 +1,20 @@
-"""How kernels are compiled and where the machine code is kept: the `kernel` decorator.
+"""How kernels are compiled, and where the machine code is kept.
 
 Numba checks only the file of the outermost function when it looks into its on-disk cache, so an edit of a callee in
 another file would leave stale machine code. Our cache directory therefore carries a hash of every kernel source, of the
 versions involved and of the vector level; Numba adds the CPU and its features itself.
 """
 
-import contextlib
 import hashlib
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 from numba import types
 
 from fewfire.cache import cache_dir
@@ -41,11 +41,6 @@ if not _writable(CACHE_DIR):  # a read-only home compiles anew in every process,
     CACHE_DIR = Path(tempfile.mkdtemp(prefix="fewfire-kernels-"))
 
 
-def is_warm() -> bool:
-    """Whether an earlier process has left compiled kernels, so that the first token need not wait for the compiler."""
-    return any(CACHE_DIR.rglob("*.nbc"))
-
-
 _OPTIONS = {"error_model": "numpy", "boundscheck": False}
 
 
@@ -54,54 +49,78 @@ def inline(function: Callable[..., Any]) -> Any:
     return numba.njit(function, forceinline=True, no_cpython_wrapper=True, **_OPTIONS)
 
 
-@contextlib.contextmanager
-def _our_cache() -> Iterator[None]:
-    previous = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(CACHE_DIR)  # read when a compiler object is made, so the setting stays ours alone
-    try:
-        yield
-    finally:
-        numba.config.CACHE_DIR = previous
-
-
-def kernel(function: Callable[..., Any]) -> Any:
-    """A compiled function that Python calls: releases the GIL and is cached on disk."""
-    with _our_cache():
-        return numba.njit(function, nogil=True, cache=True, **_OPTIONS)
-
-
-class Primitive:
-    """A compiled function that kernels call by its address (`simd.call`).
-
-    Numba compiles the code of a called function again with each caller, and Python functions as arguments defeat its
-    disk cache. So what is large or differs between number formats is compiled once, on first use, and the kernels that
-    orchestrate it know only addresses: they are the same machine code for every format.
-    """
+class Compiled:
+    """A function that is compiled on first use, or taken from the disk cache."""
 
     def __init__(self, function: Callable[..., None], *arguments: types.Type) -> None:
         self.__doc__ = function.__doc__
         self.__name__ = function.__name__
         self._function, self._signature = function, types.void(*arguments)
         self._lock = threading.Lock()
-        self._compiled: Any = None
+        self._made: Any = None
+
+    @property
+    def cached(self) -> bool:
+        """Whether an earlier process has left the machine code on disk."""
+        return any(CACHE_DIR.rglob(f"*.{self.__name__}-*.nbi"))
+
+    def compile(self) -> Any:
+        """What Numba makes of the function; compiles it if need be."""
+        with self._lock:
+            if self._made is None:
+                previous = numba.config.CACHE_DIR
+                numba.config.CACHE_DIR = str(CACHE_DIR)  # read when a compiler is made, so the setting stays ours alone
+                try:
+                    self._made = self._compile()
+                finally:
+                    numba.config.CACHE_DIR = previous
+        return self._made
 
     def _compile(self) -> Any:
-        with self._lock:
-            if self._compiled is None:
-                with _our_cache():
-                    self._compiled = numba.cfunc(self._signature, cache=True, **_OPTIONS)(self._function)
-        return self._compiled
+        raise NotImplementedError
+
+
+class Kernel(Compiled):
+    """A compiled function that Python calls; it releases the GIL."""
+
+    def _compile(self) -> Any:
+        return numba.njit(self._signature, nogil=True, cache=True, **_OPTIONS)(self._function)
+
+    def __call__(self, *arguments: Any) -> None:
+        (self._made or self.compile())(*arguments)
+
+
+class Primitive(Compiled):
+    """A compiled function that kernels call by its address (`simd.call`).
+
+    Numba compiles the code of a called function again with each caller, and Python functions as arguments defeat its
+    disk cache. So what is large or differs between number formats is compiled once, and the kernels that orchestrate it
+    know only addresses: they are the same machine code for every format.
+    """
+
+    def _compile(self) -> Any:
+        return numba.cfunc(self._signature, cache=True, **_OPTIONS)(self._function)
 
     @property
     def address(self) -> int:
-        """Where the machine code begins; compiles if need be."""
-        return int(self._compile().address)
+        """Where the machine code begins."""
+        return int(self.compile().address)
 
     def __call__(self, *arguments: float) -> None:
-        """Calls it from Python, for tests and benchmarks."""
-        self._compile().ctypes(*arguments)
+        """Calls it from Python."""
+        self.compile().ctypes(*arguments)
+
+
+def kernel(*arguments: types.Type) -> Callable[[Callable[..., None]], Kernel]:
+    """Makes a `Kernel` of a function with these argument types and no result."""
+    return lambda function: Kernel(function, *arguments)
 
 
 def primitive(*arguments: types.Type) -> Callable[[Callable[..., None]], Primitive]:
     """Makes a `Primitive` of a function with these argument types and no result. Addresses are int64."""
     return lambda function: Primitive(function, *arguments)
+
+
+def records(dtype: np.dtype) -> types.Type:
+    """The type of an array of records."""
+    return numba.typeof(np.zeros(1, dtype))

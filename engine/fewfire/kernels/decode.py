@@ -6,8 +6,13 @@ on its own: gate rows, activation, up rows, and the scaled down rows into the ch
 in a fixed order. So the result is the same bits for any number of threads.
 """
 
-from fewfire.kernels.compile import inline, kernel
+from numba import types
+
+from fewfire.kernels.compile import inline, kernel, records
 from fewfire.kernels.layer import (
+    CACHE,
+    LAYER,
+    MODEL,
     add_block,
     add_to,
     attend_head,
@@ -20,6 +25,8 @@ from fewfire.kernels.layer import (
 )
 from fewfire.kernels.simd import call, load_f32, load_i32, splat_f32, store_f32, store_f32x8
 from fewfire.kernels.team import advance, finish, take, wait
+
+_I = types.int64
 
 NEURON_CHUNKS = 16  # fixed, because it decides the order of additions
 _ROW_CHUNKS = 12
@@ -68,7 +75,7 @@ def _neurons(model, weights, rows, count, x, gate, up, y, scratch):
     call(model.gather_axpy, (downs, model.updown_stride, rows, count, gate, y, model.width, scratch))
 
 
-@kernel
+@kernel(types.int64[::1], _I, _I, records(MODEL), records(LAYER), records(WORK), records(CACHE), _I, _I, _I)
 def decode(team, phase, thread, models, layers, works, caches, token, position, logits):
     """Logits `(vocab,)` of the token at `position`, whose key and value go into the cache.
 

@@ -3,10 +3,15 @@
 All neurons are computed: between them, the tokens of a batch use nearly all.
 """
 
-from fewfire.kernels.compile import inline, kernel
+from numba import types
+
+from fewfire.kernels.compile import inline, kernel, records
 from fewfire.kernels.dense import STRIP, TOKENS
 from fewfire.kernels.gather import COLUMNS, LANES, QUANTS, SCALES, SCRATCH, SUMS, VALUES
 from fewfire.kernels.layer import (
+    CACHE,
+    LAYER,
+    MODEL,
     add_block,
     add_to,
     attend_head,
@@ -20,6 +25,8 @@ from fewfire.kernels.layer import (
 )
 from fewfire.kernels.simd import call, load_i64, store_i64
 from fewfire.kernels.team import advance, finish, take, wait
+
+_I = types.int64
 
 ROWS = 16  # rows or neurons in a chunk
 _HEAD_ROWS = 64
@@ -97,7 +104,10 @@ def _last_vectors(x, skipped, out):
     store_i64(out + SCRATCH, load_i64(x + SCRATCH) + 256 * skipped)
 
 
-@kernel
+@kernel(
+    types.int64[::1], _I, _I, records(MODEL), records(LAYER), records(BATCH), records(CACHE),
+    types.int32[::1], _I, _I, _I,
+)  # fmt: skip
 def prefill(team, phase, thread, models, layers, batches, caches, tokens, position, rows, logits):
     """The tokens (int32) from `position` on; their keys and values go into the cache.
 
