@@ -3,7 +3,7 @@ import pytest
 import fewfire
 from commandline import run
 
-GREEDY = ["--temperature", 0, "--max-tokens", 8]
+GREEDY = ["--temperature", 0, "--repetition-penalty", 1, "--max-tokens", 8]
 
 
 def answers(model, *questions: str, system: str | None = None) -> str:
