@@ -16,7 +16,7 @@ import numpy as np
 
 from fewfire import quantize
 from fewfire.buffers import Activation, axpy_scratch
-from fewfire.kernels import attention, dense, gather, pointwise
+from fewfire.kernels import attention, dense, encode, gather, pointwise
 from fewfire.quantize import FORMATS, GROUP, Layout, dot_order, padded
 
 Random = np.random.Generator
@@ -69,12 +69,16 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a primitive. `bytes` is what it has to read of a matrix or a cache."""
+    """One call of a primitive. `bytes` is what it has to read of a matrix or a cache.
+
+    `verify` is for what no list of expected values can say.
+    """
 
     run: Callable[[], None]
     expectations: tuple[Expectation, ...]
     bytes: int = 0
     scratch: tuple[Output, ...] = ()
+    verify: Callable[[], None] = lambda: None
 
     def check(self) -> None:
         """Calls the primitive and compares. Raises `AssertionError`."""
@@ -82,6 +86,7 @@ class Case:
         for expectation in self.expectations:
             expectation.check()
         assert all(scratch.intact() for scratch in self.scratch), "wrote outside its scratch"
+        self.verify()
 
     def results(self) -> list[np.ndarray]:
         """What the outputs hold."""
@@ -90,22 +95,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Packed rows with NaN between and behind them, and the float32 matrix that they stand for."""
+    """Packed rows with NaN between and behind them, and what they stand for."""
 
     raw: np.ndarray
     stride: int
     row_bytes: int
-    values: np.ndarray  # (rows, columns)
+    values: np.ndarray  # (rows, padded columns), float64
+    sizes: np.ndarray  # of the terms that a kernel adds up for each value
 
     @property
     def address(self) -> int:
         return self.raw.ctypes.data
-
-    def wide(self) -> np.ndarray:
-        """The values in float64, padded as the rows are."""
-        out = np.zeros((len(self.values), padded(self.values.shape[1])))
-        out[:, : self.values.shape[1]] = self.values
-        return out
 
 
 def matrix(random: Random, rows: int, columns: int, weights: str, layout: Layout) -> Matrix:
@@ -119,7 +119,12 @@ def matrix(random: Random, rows: int, columns: int, weights: str, layout: Layout
     stride = row_bytes + 4 * int(random.integers(4))
     raw = np.full(rows * stride + _GUARD, 0xFF, np.uint8)
     raw[: rows * stride].reshape(rows, stride)[:, :row_bytes] = stored.view(np.uint8)
-    return Matrix(raw, stride, row_bytes, quantize.decode(stored, weights, layout, columns))
+    # With its padding, which q4 may store as something that is not quite zero.
+    seen = quantize.decode(stored, weights, layout, padded(columns)).astype(np.float64)
+    sizes = np.abs(seen)
+    if weights == "q4":  # scale * integer and a minimum of the other sign
+        sizes += 2 * np.repeat(sizes.reshape(rows, -1, GROUP).max(axis=2), GROUP, axis=1)
+    return Matrix(raw, stride, row_bytes, seen, sizes)
 
 
 def quantized(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +136,7 @@ def quantized(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def per_lane(integers: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Integers in the order of dot rows, and each 32-bit lane's scale and eight times its sum of integers."""
+    """Integers in the order of dot rows, and each 32-bit lane's scale, alone and times its sum of integers."""
     tokens, columns = integers.shape
     quants = integers[:, dot_order(columns)]
     lane_scales, lane_sums, start, groups = [], [], 0, columns // GROUP
@@ -139,7 +144,7 @@ def per_lane(integers: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.n
         block = next(size for size in (8, 4, 2) if size <= groups - start)
         lane_scales.append(np.repeat(scales[:, start : start + block], 8 // block, axis=1))
         inside = quants[:, GROUP * start : GROUP * (start + block)].reshape(tokens, block, 8, 4)
-        lane_sums.append(8 * inside.sum(axis=(1, 3), dtype=np.int32))
+        lane_sums.append(lane_scales[-1] * inside.sum(axis=(1, 3), dtype=np.float32))
         start += block
     return quants, np.concatenate(lane_scales, axis=1), np.concatenate(lane_sums, axis=1)
 
@@ -157,9 +162,9 @@ def activation(random: Random, tokens: int, columns: int, weights: str) -> tuple
     return vectors, integers * np.repeat(scales.astype(np.float64), GROUP, axis=1)
 
 
-def _dots(rows: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _dots(x: np.ndarray, rows: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """x . rows for every pair, `(vectors, rows)`, and how far float32 may be off."""
-    return x @ rows.T, _ROUNDING * (np.abs(x) @ np.abs(rows).T)
+    return x @ rows.T, _ROUNDING * (np.abs(x) @ sizes.T)
 
 
 def gather_dot(weights: str, random: Random, *, rows: int, columns: int, chosen: Sequence[int] | np.ndarray) -> Case:
@@ -167,7 +172,7 @@ def gather_dot(weights: str, random: Random, *, rows: int, columns: int, chosen:
     m, listed = matrix(random, rows, columns, weights, "dot"), np.array(chosen, np.int32)
     x, seen = activation(random, 1, columns, weights)
     out = Output((listed.size,))
-    values, tolerance = _dots(m.wide()[listed], seen)
+    values, tolerance = _dots(seen, m.values[listed], m.sizes[listed])
     arguments = (m.address, m.stride, listed.ctypes.data, listed.size, x.descriptor.ctypes.data, out.address)
 
     def run(_keep: object = (m, x, listed)) -> None:
@@ -182,8 +187,8 @@ def gather_axpy(weights: str, random: Random, *, rows: int, columns: int, chosen
     factors = random.standard_normal(listed.size, np.float32)
     y, scratch = Output((padded(columns),)), Output((axpy_scratch(columns),))
     y.array[:] = random.standard_normal(y.array.size, np.float32)
-    before, taken = y.array.astype(np.float64), m.wide()[listed]
-    tolerance = _ROUNDING * (np.abs(before) + np.abs(factors) @ np.abs(taken))
+    before = y.array.astype(np.float64)
+    tolerance = _ROUNDING * (np.abs(before) + np.abs(factors) @ m.sizes[listed])
     arguments = (
         m.address, m.stride, listed.ctypes.data, listed.size, factors.ctypes.data, y.address, padded(columns),
         scratch.address,
@@ -192,7 +197,7 @@ def gather_axpy(weights: str, random: Random, *, rows: int, columns: int, chosen
     def run(_keep: object = (m, listed, factors)) -> None:
         getattr(gather, f"gather_axpy_{weights}")(*arguments)
 
-    expected = Expectation(y, before + factors @ taken, tolerance)
+    expected = Expectation(y, before + factors @ m.values[listed], tolerance)
     return Case(run, (expected,), listed.size * m.row_bytes, (scratch,))
 
 
@@ -204,7 +209,7 @@ def read_row(weights: str, random: Random, *, rows: int, columns: int, row: int)
     def run(_keep: object = m) -> None:
         getattr(gather, f"read_row_{weights}")(address, padded(columns), out.address)
 
-    return Case(run, (Expectation(out, m.wide()[row]),), m.row_bytes)
+    return Case(run, (Expectation(out, m.values[row]),), m.row_bytes)
 
 
 def dot_tokens(weights: str, random: Random, *, rows: int, columns: int, tokens: int) -> Case:
@@ -213,7 +218,7 @@ def dot_tokens(weights: str, random: Random, *, rows: int, columns: int, tokens:
     x, seen = activation(random, tokens, columns, weights)
     out = Output((tokens, rows + int(random.integers(5))))
     values, tolerance = np.full(out.array.shape, np.nan), np.zeros(out.array.shape)
-    values[:, :rows], tolerance[:, :rows] = _dots(m.wide(), seen)
+    values[:, :rows], tolerance[:, :rows] = _dots(seen, m.values, m.sizes)
     arguments = (m.address, m.stride, rows, x.descriptor.ctypes.data, tokens, out.address, out.array.strides[0])
 
     def run(_keep: object = (m, x)) -> None:
@@ -231,7 +236,8 @@ def down_strip(weights: str, random: Random, *, neurons: int, columns: int, stri
     y, panel = Output((tokens, width)), Output((64, 64))
     values, tolerance = np.full((tokens, width), np.nan), np.zeros((tokens, width))
     part = slice(dense.STRIP * strip, dense.STRIP * (strip + 1))
-    values[:, part], tolerance[:, part] = _dots(m.wide()[:, part].T, h[:, :neurons].astype(np.float64))
+    fired = h[:, :neurons].astype(np.float64)
+    values[:, part], tolerance[:, part] = _dots(fired, m.values[:, part].T, m.sizes[:, part].T)
     arguments = (
         m.address, m.stride, neurons, width, strip, tokens, h.ctypes.data, h.strides[0], panel.address, y.address,
         y.array.strides[0],
@@ -330,6 +336,34 @@ def rotate(random: Random, *, half: int) -> Case:
     return Case(run, (Expectation(out, np.concatenate([turned.real, turned.imag]), _ROUNDING * sizes),))
 
 
+def fit_q4(random: Random, *, groups: int) -> Case:
+    """Integers, scale and minimum of q4 groups: as good as the twin's, if not the same where two spans are equal."""
+    values = (random.standard_normal((1, groups, GROUP)) * np.exp(random.uniform(-6, 4, (groups, 1)))).astype(
+        np.float32
+    )
+    values[0, random.random(groups) < 0.1] = random.standard_normal()
+    integers, scales, minima = Output((groups, GROUP), np.int8), Output((groups,)), Output((groups,))
+
+    def run() -> None:
+        spans = quantize.SPANS
+        into = integers.address, scales.address, minima.address
+        encode.fit_q4(values.ctypes.data, groups, spans.ctypes.data, spans.size, *into)
+
+    def error(levels: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
+        found = scale.reshape(-1, 1).astype(np.float64) * levels.reshape(-1, GROUP) + minimum.reshape(-1, 1)
+        return ((values[0] - found) ** 2).sum(axis=1)
+
+    def verify() -> None:
+        ours = error(integers.array, scales.array, minima.array)
+        theirs = error(*quantize.fit_q4(values))
+        assert (ours <= theirs * 1.001 + 1e-6 * (values[0] ** 2).sum(axis=1)).all(), "a worse fit than the twin's"
+        assert 0 <= integers.array.min() <= integers.array.max() <= 15
+        for parameter in (scales.array, minima.array):
+            np.testing.assert_array_equal(parameter, parameter.astype(np.float16))
+
+    return Case(run, (), scratch=(integers, scales, minima), verify=verify)
+
+
 _CELLS: dict[str, type[np.floating]] = {"f32": np.float32, "f16": np.float16}
 
 
@@ -379,6 +413,7 @@ TABLE: dict[str, Callable[..., Case]] = {
     **{f"{f.__name__}_{w}": partial(f, w) for f in (gather_dot, gather_axpy, read_row) for w in FORMATS},
     **{f"{f.__name__}_{w}": partial(f, w) for f in (dot_tokens, down_strip) for w in FORMATS},
     **{f"{f.__name__}_{c}": partial(f, c) for f in (attend, remember) for c in _CELLS},
+    "fit_q4": fit_q4,
     "quantize": quantize_vector,
     "rms_norm": rms_norm,
     "layer_norm": layer_norm,

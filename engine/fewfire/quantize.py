@@ -133,7 +133,7 @@ def fit_q4(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         spread = (centred * centred).sum(axis=2, keepdims=True)
         slope = (centred * (groups - mean)).sum(axis=2, keepdims=True) / np.maximum(spread, np.float32(1e-12))
         scale = slope.astype(np.float16)
-        minimum = (mean - scale * levels.mean(axis=2, keepdims=True)).astype(np.float16)
+        minimum = np.clip(mean - scale * levels.mean(axis=2, keepdims=True), -65504, 65504).astype(np.float16)
         error = ((groups - scale * levels - minimum) ** 2).sum(axis=2, keepdims=True)
         better = error < best
         np.copyto(best, error, where=better)

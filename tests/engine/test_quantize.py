@@ -12,10 +12,9 @@ from fewfire.quantize import (
     check_format,
     decode,
     dot_order,
-    dtype,
     encode,
     padded,
-    row_elements,
+    row_bytes,
 )
 
 COLUMNS = (1, 40, 64, 100, 192, 320, 576, 1536)
@@ -46,8 +45,8 @@ def round_trip(values: np.ndarray, weights: str, layout: str) -> np.ndarray:
 def test_round_trip(weights: str, layout: str, columns: int) -> None:
     values = matrix(9, columns)
     stored = encode(values, weights, layout)
-    assert stored.shape == (9, row_elements(weights, columns))
-    assert stored.dtype == dtype(weights)
+    assert stored.shape == (9, row_bytes(weights, columns))
+    assert stored.dtype == np.uint8
     assert stored.flags.c_contiguous
     found = decode(stored, weights, layout, columns)
     assert found.dtype == np.float32
@@ -78,7 +77,7 @@ def test_every_weight_has_its_own_place(weights: str, layout: str) -> None:
     """Each stored integer changes one column and no other, so none is stored twice or lost."""
     values = np.zeros((320, 320), np.float32)
     np.fill_diagonal(values, 1.0)
-    np.testing.assert_allclose(round_trip(values, weights, layout), values, rtol=0.01, atol=0)
+    np.testing.assert_allclose(round_trip(values, weights, layout), values, rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,15 +93,17 @@ def test_special_rows(weights: str, layout: str) -> None:
     assert np.isfinite(found).all()
     assert not found[0].any()
     assert np.abs(found[1]).max() < 1e-7
-    np.testing.assert_allclose(found[2:], values[2:], rtol=0.13, atol=0)
+    np.testing.assert_allclose(found[2:], values[2:], rtol=0.01, atol=limit / 15 if weights == "q4" else 0)
 
 
 def test_bf16_rounds_to_nearest_even() -> None:
     ties = (np.arange(0x3F80, 0x3FC0, dtype=np.uint32) << 16 | 0x8000).view(np.float32)[None]
-    stored = encode(ties, "bf16", "dot")[0, : ties.size]
+    stored = encode(ties, "bf16", "dot").view(np.uint16)[0, : ties.size]
     assert (stored % 2 == 0).all()
     near = (np.arange(0x3F80, 0x3FC0, dtype=np.uint32) << 16 | 0x8001).view(np.float32)[None]
-    np.testing.assert_array_equal(encode(near, "bf16", "dot")[0, : near.size], np.arange(0x3F81, 0x3FC1))
+    np.testing.assert_array_equal(
+        encode(near, "bf16", "dot").view(np.uint16)[0, : near.size], np.arange(0x3F81, 0x3FC1)
+    )
 
 
 @pytest.mark.parametrize("columns", COLUMNS)
