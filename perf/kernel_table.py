@@ -173,7 +173,8 @@ def gather_dot(weights: str, random: Random, *, rows: int, columns: int, chosen:
     x, seen = activation(random, 1, columns, weights)
     out = Output((listed.size,))
     values, tolerance = _dots(seen, m.values[listed], m.sizes[listed])
-    arguments = (m.address, m.stride, listed.ctypes.data, listed.size, x.descriptor.ctypes.data, out.address)
+    sizes = (listed.size, listed.size, m.row_bytes)
+    arguments = (m.address, m.stride, listed.ctypes.data, *sizes, x.descriptor.ctypes.data, out.address)
 
     def run(_keep: object = (m, x, listed)) -> None:
         getattr(gather, f"gather_dot_{weights}")(*arguments)
@@ -190,8 +191,8 @@ def gather_axpy(weights: str, random: Random, *, rows: int, columns: int, chosen
     before = y.array.astype(np.float64)
     tolerance = _ROUNDING * (np.abs(before) + np.abs(factors) @ m.sizes[listed])
     arguments = (
-        m.address, m.stride, listed.ctypes.data, listed.size, factors.ctypes.data, y.address, padded(columns),
-        scratch.address,
+        m.address, m.stride, listed.ctypes.data, listed.size, listed.size, m.row_bytes, factors.ctypes.data, y.address,
+        padded(columns), scratch.address,
     )  # fmt: skip
 
     def run(_keep: object = (m, listed, factors)) -> None:

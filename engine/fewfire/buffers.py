@@ -6,6 +6,7 @@ import numpy as np
 
 from fewfire.config import ModelConfig
 from fewfire.kernels.decode import NEURON_CHUNKS, WORK
+from fewfire.kernels.gather import AHEAD
 from fewfire.kernels.prefill import BATCH, ROWS
 from fewfire.quantize import padded
 
@@ -79,7 +80,7 @@ class Workspace(Buffers):
         self.activation("attended", attended)
         self.point("joined", attended.values)
         hidden, head, half = padded(c.hidden_size), head_width(c), c.head_dim // 2
-        chunk, factors = -(-c.intermediate_size // NEURON_CHUNKS) + 8, axpy_scratch(c.hidden_size)
+        chunk, factors = AHEAD + 8, axpy_scratch(c.hidden_size)
         self.number(chunk_stride=4 * chunk, factors_stride=4 * factors, scores_stride=4 * (positions + 8))
         self.floats(
             hidden=(hidden,),

@@ -9,6 +9,7 @@ in a fixed order. So the result is the same bits for any number of threads.
 from numba import types
 
 from fewfire.kernels.compile import inline, kernel, records
+from fewfire.kernels.gather import AHEAD
 from fewfire.kernels.layer import (
     CACHE,
     LAYER,
@@ -35,7 +36,7 @@ _HEAD_ROWS = 512  # rows of the output head in a chunk
 # Buffers of one token, float32 unless said: descriptors of `x` (hidden,) and `attended`, whose values are `joined`
 # (heads * head_dim,); the residual stream `hidden` and what a block adds to it, `delta`; `query` and `context`
 # (heads, head_width), `key` (head_width,), `scores` (heads, scores_stride / 4); `partial` (NEURON_CHUNKS, width); `cos`
-# and `sin` (2, rope_half) of the RoPE angles. Each thread has `gate` and `up` (the largest chunk's neurons and 8 more)
+# and `sin` (2, rope_half) of the RoPE angles. Each thread has `gate` and `up` (AHEAD + 8)
 # and `factors` (scratch of gather_axpy), so many bytes apart.
 WORK = record("""
     x attended joined hidden delta qkv query context key scores scores_stride partial cos sin
@@ -58,21 +59,38 @@ def _add_listed(target, bias, rows, count):
 
 
 @inline
-def _neurons(model, weights, rows, count, x, gate, up, y, scratch):
-    """Select has happened: gather gate and up of the listed neurons, scatter their down rows into y."""
-    call(model.gather_dot, (weights.gate, model.gate_stride, rows, count, x, gate))
+def _all_rows(model, dot, matrix, stride, start, stop, x, out):
+    """Neighbouring rows, which are a list like any other."""
+    count = stop - start
+    call(dot, (matrix, stride, model.every + 4 * start, count, count, stride, x, out + 4 * start))
+
+
+@inline
+def _block(model, weights, rows, count, known, x, gate, up, y, scratch):
+    """A few neurons: gather their gate and up rows, scatter their down rows into y."""
+    stride, size = model.gate_stride, model.gate_stride
+    call(model.gather_dot, (weights.gate, stride, rows, count, known, size, x, gate))
     _add_listed(gate, weights.gate_bias, rows, count)
     call(model.activate, (model.activation, model.act_threshold, gate, count))
+    stride, down = model.updown_stride, model.down
     if model.gated:
-        call(model.gather_dot, (weights.updown, model.updown_stride, rows, count, x, up))
+        call(model.gather_dot, (weights.updown, stride, rows, count, known, size, x, up))
         _add_listed(up, weights.up_bias, rows, count)
         if model.act_on_up:
             call(model.activate, (model.activation, model.act_threshold, up, count))
         multiply_by(gate, up, count)
+    size, width = stride - down, model.width
+    call(model.gather_axpy, (weights.updown + down, stride, rows, count, known, size, gate, y, width, scratch))
+
+
+@inline
+def _neurons(model, weights, start, stop, x, gate, up, y, scratch):
+    """The part of the active list from start to stop, in blocks whose rows stay in the first-level cache."""
     for i in range(0, 4 * model.width, 32):
         store_f32x8(y + i, splat_f32(0.0))
-    downs = weights.updown + model.down
-    call(model.gather_axpy, (downs, model.updown_stride, rows, count, gate, y, model.width, scratch))
+    for first in range(start, stop, AHEAD):
+        rows, count, known = weights.active + 4 * first, min(AHEAD, stop - first), model.neurons - first
+        _block(model, weights, rows, count, known, x, gate, up, y, scratch)
 
 
 @kernel(types.int64[::1], _I, _I, records(MODEL), records(LAYER), records(WORK), records(CACHE), _I, _I, _I)
@@ -97,10 +115,9 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
         chunk = take(team, phase, _ROW_CHUNKS)
         while chunk >= 0:
             start, stop = _share(chunk, _ROW_CHUNKS, rows)
-            out, count = work.qkv + 4 * start, stop - start
-            call(model.gather_dot, (weights.qkv, model.qkv_stride, model.every + 4 * start, count, x, out))
+            _all_rows(model, model.gather_dot, weights.qkv, model.qkv_stride, start, stop, x, work.qkv)
             if weights.qkv_bias != 0:
-                add_to(out, weights.qkv_bias + 4 * start, count)
+                add_to(work.qkv + 4 * start, weights.qkv_bias + 4 * start, stop - start)
             if finish(team, _ROW_CHUNKS):
                 place_heads(model, weights, cache, layer, position, work.qkv, work.cos, work.sin, work.query, work.key)
                 advance(team, phase)
@@ -120,8 +137,7 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
         chunk = take(team, phase, _ROW_CHUNKS)
         while chunk >= 0:
             start, stop = _share(chunk, _ROW_CHUNKS, model.hidden)
-            rows, out = model.every + 4 * start, delta + 4 * start
-            call(model.gather_dot, (weights.o, model.o_stride, rows, stop - start, work.attended, out))
+            _all_rows(model, model.gather_dot, weights.o, model.o_stride, start, stop, work.attended, delta)
             if finish(team, _ROW_CHUNKS):
                 add_block(model, hidden, delta, weights.o_bias, weights.attn_post_norm)
                 next_input(model, weights.ffn_norm, weights.ffn_norm_bias, hidden, x, 0)
@@ -134,7 +150,7 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
             start, stop = _share(chunk, NEURON_CHUNKS, model.neurons)
             gate, up = work.gate + thread * work.chunk_stride, work.up + thread * work.chunk_stride
             y, scratch = work.partial + 4 * chunk * model.width, work.factors + thread * work.factors_stride
-            _neurons(model, weights, weights.active + 4 * start, stop - start, x, gate, up, y, scratch)
+            _neurons(model, weights, start, stop, x, gate, up, y, scratch)
             if finish(team, NEURON_CHUNKS):
                 for part in range(1, NEURON_CHUNKS):
                     add_to(work.partial, work.partial + 4 * part * model.width, model.hidden)
@@ -151,9 +167,8 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
     chunks = (model.vocab + _HEAD_ROWS - 1) // _HEAD_ROWS
     chunk = take(team, phase, chunks)
     while chunk >= 0:
-        start = _HEAD_ROWS * chunk
-        rows, count = model.every + 4 * start, min(model.vocab - start, _HEAD_ROWS)
-        call(model.table_dot, (model.head, model.table_stride, rows, count, x, logits + 4 * start))
+        start, stop = _HEAD_ROWS * chunk, min(model.vocab, _HEAD_ROWS * chunk + _HEAD_ROWS)
+        _all_rows(model, model.table_dot, model.head, model.table_stride, start, stop, x, logits)
         if finish(team, chunks):
             advance(team, phase)
         chunk = take(team, phase, chunks)

@@ -35,6 +35,7 @@ from fewfire.kernels.simd import (
     load_i64,
     low_nibbles,
     mul,
+    prefetch,
     settle,
     splat_f32,
     splat_f32_at,
@@ -52,6 +53,12 @@ _I = types.int64
 # both one per 32-bit lane of each block of groups (the group's scale; that times the sum of the lane's integers); the
 # padded number of columns; the lanes of one vector; the address of 256 bytes of scratch for each vector.
 VALUES, QUANTS, SCALES, SUMS, COLUMNS, LANES, SCRATCH = range(0, 56, 8)
+
+# A row is asked for while the one so many entries before it in the list is worked on. Each pass over a block of neurons
+# asks for its own rows of the next block, so that memory is as busy in one pass as in the others (perf/LOG.md,
+# "prefetching neurons").
+AHEAD = 16
+
 
 # --- one row . x ------------------------------------------------------------------------------------------------------
 
@@ -137,29 +144,42 @@ def _dot_q4(row, x):
 
 
 @inline
-def _gather_dot(dot, matrix, stride, rows, count, x, out):
+def _prefetch_row(matrix, stride, rows, j, known, size):
+    if j < known:
+        row = matrix + stride * load_i32(rows + 4 * j)
+        for line in range(0, size, 64):
+            prefetch(row + line)
+
+
+@inline
+def _gather_dot(dot, matrix, stride, rows, count, known, size, x, out):
+    """out[j] = row rows[j] . x for j < count.
+
+    The list has `known` entries in all, and those after the first `count` are wanted soon; `size`: bytes of a row.
+    """
     for j in range(count):
+        _prefetch_row(matrix, stride, rows, j + AHEAD, known, size)
         store_f32(out + 4 * j, dot(matrix + stride * load_i32(rows + 4 * j), x))
 
 
-@primitive(_I, _I, _I, _I, _I, _I)
-def gather_dot_f32(matrix, stride, rows, count, x, out):
-    _gather_dot(_dot_f32, matrix, stride, rows, count, x, out)
+@primitive(_I, _I, _I, _I, _I, _I, _I, _I)
+def gather_dot_f32(matrix, stride, rows, count, known, size, x, out):
+    _gather_dot(_dot_f32, matrix, stride, rows, count, known, size, x, out)
 
 
-@primitive(_I, _I, _I, _I, _I, _I)
-def gather_dot_bf16(matrix, stride, rows, count, x, out):
-    _gather_dot(_dot_bf16, matrix, stride, rows, count, x, out)
+@primitive(_I, _I, _I, _I, _I, _I, _I, _I)
+def gather_dot_bf16(matrix, stride, rows, count, known, size, x, out):
+    _gather_dot(_dot_bf16, matrix, stride, rows, count, known, size, x, out)
 
 
-@primitive(_I, _I, _I, _I, _I, _I)
-def gather_dot_q8(matrix, stride, rows, count, x, out):
-    _gather_dot(_dot_q8, matrix, stride, rows, count, x, out)
+@primitive(_I, _I, _I, _I, _I, _I, _I, _I)
+def gather_dot_q8(matrix, stride, rows, count, known, size, x, out):
+    _gather_dot(_dot_q8, matrix, stride, rows, count, known, size, x, out)
 
 
-@primitive(_I, _I, _I, _I, _I, _I)
-def gather_dot_q4(matrix, stride, rows, count, x, out):
-    _gather_dot(_dot_q4, matrix, stride, rows, count, x, out)
+@primitive(_I, _I, _I, _I, _I, _I, _I, _I)
+def gather_dot_q4(matrix, stride, rows, count, known, size, x, out):
+    _gather_dot(_dot_q4, matrix, stride, rows, count, known, size, x, out)
 
 
 # --- y += four scaled rows --------------------------------------------------------------------------------------------
@@ -280,8 +300,11 @@ def _axpy_q4(rows, factors, y, columns, scratch):
 
 
 @inline
-def _gather_axpy(axpy, matrix, stride, rows, count, factors, y, columns, scratch):
+def _gather_axpy(axpy, matrix, stride, rows, count, known, size, factors, y, columns, scratch):
+    """y += the sum of factors[j] * row rows[j] for j < count; `known` and `size` as for `gather_dot`."""
     for j in range(0, count - 3, 4):
+        for k in range(4):
+            _prefetch_row(matrix, stride, rows, j + k + AHEAD, known, size)
         at = (
             matrix + stride * load_i32(rows + 4 * j),
             matrix + stride * load_i32(rows + 4 * j + 4),
@@ -300,24 +323,24 @@ def _gather_axpy(axpy, matrix, stride, rows, count, factors, y, columns, scratch
         axpy((first, second, third, first), by, y, columns, scratch)
 
 
-@primitive(_I, _I, _I, _I, _I, _I, _I, _I)
-def gather_axpy_f32(matrix, stride, rows, count, factors, y, columns, scratch):
-    _gather_axpy(_axpy_f32, matrix, stride, rows, count, factors, y, columns, scratch)
+@primitive(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I)
+def gather_axpy_f32(matrix, stride, rows, count, known, size, factors, y, columns, scratch):
+    _gather_axpy(_axpy_f32, matrix, stride, rows, count, known, size, factors, y, columns, scratch)
 
 
-@primitive(_I, _I, _I, _I, _I, _I, _I, _I)
-def gather_axpy_bf16(matrix, stride, rows, count, factors, y, columns, scratch):
-    _gather_axpy(_axpy_bf16, matrix, stride, rows, count, factors, y, columns, scratch)
+@primitive(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I)
+def gather_axpy_bf16(matrix, stride, rows, count, known, size, factors, y, columns, scratch):
+    _gather_axpy(_axpy_bf16, matrix, stride, rows, count, known, size, factors, y, columns, scratch)
 
 
-@primitive(_I, _I, _I, _I, _I, _I, _I, _I)
-def gather_axpy_q8(matrix, stride, rows, count, factors, y, columns, scratch):
-    _gather_axpy(_axpy_q8, matrix, stride, rows, count, factors, y, columns, scratch)
+@primitive(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I)
+def gather_axpy_q8(matrix, stride, rows, count, known, size, factors, y, columns, scratch):
+    _gather_axpy(_axpy_q8, matrix, stride, rows, count, known, size, factors, y, columns, scratch)
 
 
-@primitive(_I, _I, _I, _I, _I, _I, _I, _I)
-def gather_axpy_q4(matrix, stride, rows, count, factors, y, columns, scratch):
-    _gather_axpy(_axpy_q4, matrix, stride, rows, count, factors, y, columns, scratch)
+@primitive(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I)
+def gather_axpy_q4(matrix, stride, rows, count, known, size, factors, y, columns, scratch):
+    _gather_axpy(_axpy_q4, matrix, stride, rows, count, known, size, factors, y, columns, scratch)
 
 
 # --- one row as float32 -----------------------------------------------------------------------------------------------

@@ -176,6 +176,14 @@ def store_rounded_i8x8(builder, address, value):
     builder.store(narrow, builder.inttoptr(address, narrow.type.as_pointer()), align=1)
 
 
+@instruction(types.void, types.intp)
+def prefetch(builder, address):
+    """Asks for a cache line that will be read soon."""
+    pointer = builder.inttoptr(address, _I8.as_pointer())
+    read, keep, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
+
+
 @instruction(types.void, types.intp, types.intp)
 def copy_4_bytes(builder, target, source):
     builder.store(_load(builder, source, _I32), builder.inttoptr(target, _I32.as_pointer()), align=1)
