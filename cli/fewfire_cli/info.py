@@ -74,7 +74,15 @@ def _open(model: str, weights: str) -> tuple[Packed, bool]:
 
 
 def _description(model: str, packed: Packed, chats: bool) -> dict[str, str]:
+    from fewfire.packed import formats
+
     c = packed.config
+    used = formats(c, packed.weights)
+    exceptions = ", ".join(
+        f"{part} {number}"
+        for part, number in (("down", used.down), ("embedding and head", used.table))
+        if number != packed.weights
+    )
     heads = f"{c.num_attention_heads} heads of {c.head_dim}, {c.num_key_value_heads} for keys and values"
     if any(c.sliding_layers):
         heads += f", window of {c.sliding_window} on {sum(c.sliding_layers)} layers"
@@ -88,7 +96,7 @@ def _description(model: str, packed: Packed, chats: bool) -> dict[str, str]:
         "vocabulary": f"{c.vocab_size}" + (", head tied to the embedding" if c.tie_word_embeddings else ""),
         "context": f"{c.max_position_embeddings} tokens",
         "chat template": "yes" if chats else "no",
-        "format": packed.weights,
+        "format": packed.weights + (f" ({exceptions})" if exceptions else ""),
     }
 
 
