@@ -1,0 +1,6 @@
+"""The measuring harness: speed, quality, memory and start-up beside other engines.
+
+Scripts, each run from the repository's root as `python -m perf.NAME` (`--help` tells the options): decode, quality,
+agree, start, report. They need the `bench` extra; a peer that is not installed is reported as absent. Not part of
+the package.
+"""

@@ -1,0 +1,128 @@
+"""Writes the Figures of the README from perf/results: `python -m perf.report`, or `--check` that they are up to date.
+
+Figures in the README come from here and never out of a hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from perf import decode, quality, start
+from perf.results import BUSY, read_all
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
+Result = dict[str, Any]
+
+
+def figures(measured: dict[str, Result]) -> str:
+    """The text between the markers, from all results; a kind of result without a section is an error."""
+    sections = []
+    for kind, section in _SECTIONS.items():
+        sections += [section(result) for result in measured.values() if result["kind"] == kind]
+    unknown = {result["kind"] for result in measured.values()} - set(_SECTIONS)
+    if unknown:
+        raise ValueError(f"no section for results of kind {', '.join(sorted(unknown))}")
+    return "\n\n".join(sections)
+
+
+def rewritten(readme: str, text: str) -> str:
+    """The README with that text between its markers."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not rest or END not in rest:
+        raise ValueError(f"the README has no {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}" if text else f"{before}{BEGIN}\n{END}{after}"
+
+
+def is_current(readme: Path = README) -> bool:
+    """Whether the README shows what the results say."""
+    text = readme.read_text(encoding="utf-8")
+    return text == rewritten(text, figures(read_all()))
+
+
+def _decode(result: Result) -> str:
+    about = (
+        f"Prompt of {result['prompt']} tokens, then {result['tokens']} decoded; {_plural(result['rounds'], 'round')}"
+        " with all engines in turn; medians (lowest..highest). MB/token: the weights, keys and values that a token"
+        " reads; of bandwidth: that times the speed, over what streaming reads reached in the same run."
+    )
+    engines = "\n\n".join([decode.speed_table(result), decode.ratio_table(result, all_pairs=False)])
+    return _section(f"Speed, {result['model']}", about, engines, decode.bandwidth_line(result), result=result)
+
+
+def _quality(result: Result) -> str:
+    about = (
+        f"{result['scored']:,} tokens of {result['text']} ({result['part']} of it) in windows of {result['window']},"
+        " the same for all, scored from each engine's logits by the same code; ± is the standard error of the"
+        " difference."
+    )
+    return _section(f"Perplexity, {result['model']}", about, quality.quality_table(result), result=result)
+
+
+def _start(result: Result) -> str:
+    about = (
+        "Seconds from starting the process (`fewfire generate`) to the first byte of the answer, and memory after"
+        f" {start.TOKENS} tokens, with the mapped weights in it; of {_plural(result['runs']['warm'], 'warm start')} and"
+        f" {result['runs']['cold']} of each cold kind."
+    )
+    return _section(f"First token and memory, {result['model']}", about, start.start_table(result), result=result)
+
+
+def _agree(result: Result) -> str:
+    about = (
+        f"{result['sure_and_same']} of the {result['sure_prompts']} built-in prompts where the f32 engine's best two"
+        f" logits are never closer than {result['lead']} continue with the same {result['tokens']} tokens in llama.cpp."
+        f" Reading the same text, both would choose the same next token {result['same_choices']:.1%} of the time, and"
+        f" logits differ by {result['mean_difference']:.2f} on average and {result['largest_difference']:.1f} at most,"
+        " since llama.cpp quantises activations. On the same file dequantised to float32 the largest difference is"
+        f" {result['largest_difference_f32']:.4f}."
+    )
+    return _section(f"Agreement with llama.cpp, {result['model']}", about, result=result)
+
+
+_SECTIONS: dict[str, Callable[[Result], str]] = {
+    "decode": _decode,
+    "quality": _quality,
+    "start": _start,
+    "agree": _agree,
+}
+
+
+def _section(title: str, *paragraphs: str, result: Result) -> str:
+    return "\n\n".join([f"### {title}", *paragraphs, _where(result)])
+
+
+def _where(result: Result) -> str:
+    """What it was measured on, and how far that can be trusted."""
+    m = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items() if name in _NAMED)
+    line = f"{result['date']}; {m['cpu']} ({m['llvm_cpu']}), {m['cores']} cores, kernels {m['level']}; {versions}."
+    others = result.get("used_by_others") or 0
+    return line + (f" Others used {others:.0%} of the machine meanwhile." if others > BUSY else "")
+
+
+_NAMED = ("fewfire", "numba", "llama-cpp-python", "ctranslate2", "torch", "transformers")
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("s" if count != 1 else "")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m perf.report", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the README is out of date")
+    if parser.parse_args(argv).check:
+        if not is_current():
+            raise SystemExit("the README's figures are not those of perf/results: run python -m perf.report")
+        return
+    text = README.read_text(encoding="utf-8")
+    README.write_text(rewritten(text, figures(read_all())), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
