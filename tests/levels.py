@@ -1,4 +1,4 @@
-"""What the kernels that know of levels compute from fixed inputs: `python levels.py OUT.npz`, with a level in FEWFIRE_SIMD."""
+"""What the kernels that know of levels compute from fixed inputs: `FEWFIRE_SIMD=plain python levels.py OUT.npz`."""
 
 from __future__ import annotations
 

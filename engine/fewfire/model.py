@@ -11,10 +11,10 @@ from fewfire import generate, quantize
 from fewfire.chat import ChatTemplate, Message
 from fewfire.checkpoint import fingerprint
 from fewfire.engine import Engine
-from fewfire.errors import CheckpointError
+from fewfire.errors import CheckpointError, FewfireError
 from fewfire.generate import Completion, Stream
 from fewfire.library import packed_dir
-from fewfire.pack import pack
+from fewfire.pack import model_name, pack
 from fewfire.packed import TEMPLATE, TOKENIZER, VERSION, Packed, is_packed, open_packed
 from fewfire.progress import Progress, silent
 from fewfire.sampling import Sampling
@@ -56,12 +56,12 @@ def _packed(source: str | Path, weights: str, progress: Progress) -> Packed:
     path = resolve(source, progress)
     if is_packed(path):
         return open_packed(path)
-    name = path.stem if Path(source).expanduser().exists() else str(source).replace("/", "--").replace(":", "--")
+    name = model_name(path) if Path(source).expanduser().exists() else str(source).replace("/", "--").replace(":", "--")
     cached = packed_dir() / f"{name}-{weights}-{fingerprint(path)}-v{VERSION}"
     if not is_packed(cached):
         try:
             pack(path, cached, weights, progress, name)
-        except ValueError:  # another process was faster
+        except (ValueError, FewfireError):  # another process may have been faster
             if not is_packed(cached):
                 raise
     return open_packed(cached)
@@ -153,11 +153,13 @@ def _template(packed: Packed, tokenizer: Tokenizer) -> ChatTemplate | None:
     path = packed.path / TEMPLATE
     if not path.is_file():
         return None
+    try:
+        template = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        raise CheckpointError(f"{path}: the chat template cannot be read as UTF-8 text; pack the model again") from None
 
     def text(token_id: int | None) -> str:
         return (tokenizer.id_to_token(token_id) or "") if token_id is not None else ""
 
     eos = packed.config.eos_token_ids
-    return ChatTemplate(
-        path.read_text(encoding="utf-8"), text(packed.config.bos_token_id), text(eos[0] if eos else None)
-    )
+    return ChatTemplate(template, text(packed.config.bos_token_id), text(eos[0] if eos else None))

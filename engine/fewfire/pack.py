@@ -43,7 +43,7 @@ def pack(source: Path, out: Path, weights: str = "q4", progress: Progress = sile
     except OSError as error:
         raise FewfireError(f"cannot write to {out.parent} ({error.strerror})") from None
     try:
-        _write(checkpoint, temporary, weights, progress, name or source.stem)
+        _write(checkpoint, temporary, weights, progress, name or model_name(source))
         temporary.chmod(0o755)
         os.replace(temporary, out)
     except OSError as error:
@@ -51,6 +51,12 @@ def pack(source: Path, out: Path, weights: str = "q4", progress: Progress = sile
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
+
+
+def model_name(source: Path) -> str:
+    """What a checkpoint on disk is called: a directory's name, or a file's without its ending."""
+    path = Path(os.path.abspath(source))  # "." has no name
+    return path.stem if path.is_file() else path.name
 
 
 def _write(checkpoint: Checkpoint, directory: Path, weights: str, progress: Progress, name: str) -> None:

@@ -1,0 +1,168 @@
+"""Conversations: rewinding, growing, ending, and many at once on one model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import oracle
+from fewfire.errors import ContextFullError
+from fewfire.model import Model
+from fewfire.pack import pack
+from fewfire.packed import open_packed
+from tiny import VOCAB_SIZE, prompt, write_tiny
+
+PackedPath = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module", params=["gemma3-f32", "llama-q4"])
+def model(request: pytest.FixtureRequest, packed_path: PackedPath) -> Model:
+    return Model(open_packed(packed_path(*request.param.split("-"))), 2)
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """With room for 1100 tokens, windows in every second layer."""
+    directory = tmp_path_factory.mktemp("long")
+    shapes = {"max_position_embeddings": 1100, "num_hidden_layers": 2}
+    source = write_tiny("gemma3", directory / "source", **shapes)
+    return Model(open_packed(pack(source, directory / "packed", "f32")), 2)
+
+
+def test_logits_and_tokens(model: Model) -> None:
+    ids, session = prompt(20), model.session()
+    assert session.tokens == []
+    every = session.feed(ids[:10], all_logits=True)
+    assert every.shape == (10, VOCAB_SIZE)
+    assert every.dtype == np.float32
+    one = session.feed(ids[10:11], all_logits=True)
+    assert one.shape == (1, VOCAB_SIZE)
+    last = session.feed(np.array(ids[11:]))
+    assert last.shape == (VOCAB_SIZE,)
+    assert session.tokens == ids
+    assert all(type(i) is int for i in session.tokens)
+    again = model.session()
+    again.feed(ids[:10])
+    assert again.feed(ids[10:11]).shape == (VOCAB_SIZE,)
+    np.testing.assert_array_equal(again.feed(ids[11:]), last)
+
+
+def test_logits_belong_to_the_caller(model: Model) -> None:
+    """They are not a buffer that the next call writes to."""
+    session = model.session()
+    first = session.feed(prompt(9))
+    kept = first.copy()
+    session.feed([5])
+    session.feed(prompt(9))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_rewind(model: Model) -> None:
+    ids, session = prompt(30), model.session()
+    first = session.feed(ids[:20])
+    session.feed(ids[20:])
+    session.rewind(12)
+    assert session.tokens == ids[:12]
+    other = session.feed([7, 8, 9], all_logits=True)
+    session.rewind(12)
+    session.feed(ids[12:20])
+    session.rewind(0)
+    np.testing.assert_array_equal(session.feed(ids[:20]), first)
+    session.rewind(20)
+    straight = model.session()
+    straight.feed(ids[:12])
+    # Not to the bit: the first twelve went through in a larger batch.
+    np.testing.assert_allclose(straight.feed([7, 8, 9], all_logits=True), other, atol=0.03 * other.std())
+
+
+@pytest.mark.parametrize("n", [-1, 6, 100])
+def test_rewind_to_where_one_has_not_been(model: Model, n: int) -> None:
+    session = model.session()
+    session.feed(prompt(5))
+    with pytest.raises(ValueError, match=f"cannot keep {n} of 5 tokens"):
+        session.rewind(n)
+    assert len(session.tokens) == 5
+
+
+@pytest.mark.parametrize("ids", [[], [3, -1], [VOCAB_SIZE], [3, 2**40]])
+def test_impossible_tokens(model: Model, ids: list[int]) -> None:
+    session = model.session()
+    session.feed([4, 5])
+    with pytest.raises(ValueError, match=f"no tokens|from 0 to {VOCAB_SIZE - 1}"):
+        session.feed(ids)
+    assert session.tokens == [4, 5]
+
+
+def test_caches_grow(long: Model) -> None:
+    """Beyond the first capacity, by single tokens, by a long prompt, and again."""
+    ids = prompt(1100, seed=3)
+    expected, session = oracle.logits(long.packed, ids), long.session()
+    at, worst = 0, 0.0
+    for size in (250, *[1] * 20, 300, *[1] * 5, 525):
+        found = session.feed(ids[at : at + size], all_logits=True)
+        worst = max(worst, float(np.abs(found - expected[at : at + size]).max()))
+        at += size
+    assert at == len(session.tokens) == long.context == 1100
+    assert worst < 2e-4
+    # A cache that is new again, on buffers that have seen longer ones.
+    np.testing.assert_allclose(long.session().feed(ids[:40]), expected[39], atol=2e-4)
+
+
+def test_the_context_ends(packed_path: PackedPath) -> None:
+    model = Model(open_packed(packed_path("llama", "q8")), 1, context=10)
+    assert model.context == 10
+    session = model.session()
+    with pytest.raises(ContextFullError, match=r"^11 tokens do not fit the context of 10; [^\n]*$"):
+        session.feed(prompt(11))
+    assert session.tokens == []
+    session.feed(prompt(9))
+    session.feed([5])
+    with pytest.raises(ContextFullError):
+        session.feed([5])
+    assert len(session.tokens) == 10
+    session.rewind(8)
+    session.feed([6, 7])
+
+
+def test_sessions_take_turns(model: Model) -> None:
+    """Each gets what it gets alone."""
+
+    def steps(seed: int) -> list[list[int]]:
+        ids = prompt(40, seed=seed)
+        return [ids[:seed], ids[seed : seed + 1], ids[seed + 1 : 30], *[[i] for i in ids[30:]]]
+
+    plans = [steps(seed) for seed in (3, 8, 11)]
+    alone = []
+    for plan in plans:
+        session = model.session()
+        alone.append([session.feed(step) for step in plan])
+    sessions = [model.session() for _ in plans]
+    for n, step in enumerate(zip(*plans, strict=True)):
+        for i, session in enumerate(sessions):
+            np.testing.assert_array_equal(session.feed(step[i]), alone[i][n])
+
+
+def test_sessions_in_threads(model: Model) -> None:
+    """Several at once on one model, and a second model at the same time."""
+    other = Model(model.packed, 2)
+
+    def talk(model: Model, seed: int) -> np.ndarray:
+        ids, session = prompt(60, seed=seed), model.session()
+        return np.stack([session.feed(ids[:30]), *(session.feed([i]) for i in ids[30:])])
+
+    alone, found = [talk(model, seed) for seed in range(6)], {}
+
+    def run(seed: int) -> None:
+        found[seed] = talk(other if seed % 3 == 0 else model, seed)
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(6):
+        np.testing.assert_array_equal(found[seed], alone[seed])

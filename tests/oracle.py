@@ -1,0 +1,52 @@
+"""What the engine must compute for a packed model: `reference.py` on its decoded weights, with the engine's rounding.
+
+Integer formats multiply with activations in int8 and keep float16 in the cache. Where that happens is part of what the
+engine promises (norms' outputs and the joined heads; not the neurons' outputs), so the oracle can be strict about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from unittest.mock import patch
+
+import numpy as np
+
+from fewfire import reference
+from fewfire.packed import Packed
+from fewfire.quantize import GROUP, padded
+from perf.kernel_table import quantized
+from unpack import tensors
+
+
+class HalfCache(reference.ReferenceCache):
+    """Keys and values in float16."""
+
+    def extend(self, layer: int, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        k, v = (a.astype(np.float16).astype(np.float32) for a in (k, v))
+        return super().extend(layer, k, v)
+
+
+def in_int8(x: np.ndarray) -> np.ndarray:
+    """Vectors as the integer kernels see them, `(T, columns)`."""
+    wide = np.zeros((len(x), padded(x.shape[1])), np.float32)
+    wide[:, : x.shape[1]] = x
+    integers, scales = quantized(wide)
+    return (integers * np.repeat(scales, GROUP, axis=1))[:, : x.shape[1]]
+
+
+def logits(packed: Packed, ids: Sequence[int], *, rounding: bool = True) -> np.ndarray:
+    """Logits after each of `ids`, `(T, vocab)`; without rounding, what the decoded weights would give in float32."""
+    weights = tensors(packed)
+    if packed.weights in ("f32", "bf16") or not rounding:
+        return reference.forward(packed.config, weights, ids)
+    normed, linear = reference.normed, reference.linear
+
+    def rounded_normed(config: object, tensors: object, name: str, x: np.ndarray) -> np.ndarray:
+        y = normed(config, tensors, name, x)  # type: ignore[arg-type]
+        return y if name.endswith("post_norm") else in_int8(y)
+
+    def rounded_linear(tensors: object, name: str, x: np.ndarray) -> np.ndarray:
+        return linear(tensors, name, in_int8(x) if name.endswith(".o") else x)  # type: ignore[arg-type]
+
+    with patch.object(reference, "normed", rounded_normed), patch.object(reference, "linear", rounded_linear):
+        return reference.forward(packed.config, weights, ids, HalfCache())
