@@ -131,7 +131,7 @@ def test_formats_at_odd_sizes(family: str, weights: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
 def test_any_number_of_threads_gives_the_same_bits(family: str, weights: str, packed_path: PackedPath) -> None:
     ids = prompt(60)
-    one, *others = (logits(model_of(packed_path(family, weights), threads), ids, 37) for threads in (1, 2, 3, 8))
+    one, *others = (logits(model_of(packed_path(family, weights), threads), ids, 37) for threads in (1, 2, 3))
     for other in others:
         np.testing.assert_array_equal(other, one)
 

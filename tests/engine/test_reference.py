@@ -36,15 +36,6 @@ def reference(checkpoint: Checkpoint, ids: list[int]) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def peers() -> Any:
-    """The module, on demand because importing torch takes seconds; a skip where it is not installed."""
-    pytest.importorskip("transformers", reason="needs the `peers` extra")
-    import peers
-
-    return peers
-
-
-@pytest.fixture(scope="session")
 def smollm2(smollm2_path: Path) -> Checkpoint:
     return open_checkpoint(smollm2_path)
 
