@@ -32,7 +32,7 @@ from fewfire.families import (
 from fewfire.fields import Fields, unique
 from fewfire.tokenizer_build import Vocabulary, build_tokenizer, special_tokens, starts_with_bos
 
-_NAMES = {
+NAMES = {
     "embed": "token_embd",
     "attn_norm": "blk.{}.attn_norm",
     "q": "blk.{}.attn_q",
@@ -80,7 +80,7 @@ class GGUFCheckpoint:
         self._metadata = header.metadata
         self._tensors = header.tensors
         self.config, self._arch = _read_config(Fields(header.metadata, str(path)), header.tensors)
-        self._names = {name: canonical_to(_NAMES, name) for name in self.config.shapes()}
+        self._names = {name: canonical_to(NAMES, name) for name in self.config.shapes()}
         found = {name: t.shape for name, stored in self._names.items() if (t := self._tensors.get(stored))}
         check_shapes(self.config, found, path)
         for kind, stored in {self._tensors[stored].kind: stored for stored in self._names.values()}.items():
@@ -132,7 +132,7 @@ def _read_config(fields: Fields, tensors: Mapping[str, gguffile.GGUFTensor]) -> 
         raise CheckpointError(f"{fields.where}: one part of a split GGUF; join it with llama-gguf-split --merge")
     if fields.whole(f"{kind}.expert_count", 0, 1 << 16, default=0):
         raise CheckpointError(f"{fields.where}: mixture-of-experts models ({kind}.expert_count) are not supported")
-    embedding = tensors.get(_NAMES["embed"] + ".weight")
+    embedding = tensors.get(NAMES["embed"] + ".weight")
     hidden = fields.whole(f"{kind}.embedding_length", 1, MAX_WIDTH)
     layers = fields.whole(f"{kind}.block_count", 1, MAX_LAYERS)
     heads = fields.whole(f"{kind}.attention.head_count", 1, MAX_HEADS)

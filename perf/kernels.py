@@ -1,0 +1,274 @@
+"""How fast gather-dot and gather-axpy read listed rows from memory: `python -m perf.kernels`.
+
+For every number format, row length, density and number of threads: GB/s over the bytes of the listed rows, beside a
+streaming read in the same round. Rows come out of a matrix much larger than any cache, by sorted random lists that are
+new in every round; at low densities a round works through so many lists that it reads as many bytes as the matrix has.
+Matrices, vectors and the check of each kernel come from `kernel_table.py`, which drives the kernels' tests too. The
+second table says what a list costs where it holds every row, beside the same loop without one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+
+from fewfire.buffers import Activation, axpy_scratch
+from fewfire.cache import cache_dir
+from fewfire.kernels import gather
+from fewfire.kernels.compile import Primitive
+from fewfire.kernels.simd import call, store_f32
+from fewfire.packed import PAGE
+from fewfire.quantize import FORMATS, padded
+from fewfire.team import default_threads
+from perf import kernel_table, machine, results
+from perf.decode import bandwidth_line
+from perf.spread import pairwise, shown, spread
+from perf.table import table
+
+KERNELS = ("gather_dot", "gather_axpy")
+DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)
+COLUMNS = (576, 1536, 2048, 4096)
+_TILE = 256  # rows that are encoded; the matrix repeats them
+_CACHED = 200_000  # bytes of rows that a core's own cache holds
+_OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+
+
+@numba.njit(**_OPTIONS)
+def _calls_8(address, calls):
+    for c in calls:
+        call(address, (c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]))
+
+
+@numba.njit(**_OPTIONS)
+def _calls_10(address, calls):
+    for c in calls:
+        call(address, (c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9]))
+
+
+def _without_list(dot: Callable[..., Any]) -> Callable[..., None]:
+    """Dot products of all rows, one after the other: what a dense engine does."""
+
+    @numba.njit(**_OPTIONS)
+    def loop(matrix, stride, count, x, out, passes):
+        for _ in range(passes):
+            for j in range(count):
+                store_f32(out + 4 * j, dot(matrix + j * stride, x))
+
+    return loop
+
+
+_DENSE = {weights: _without_list(getattr(gather, f"_dot_{weights}")) for weights in FORMATS}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix much larger than any cache."""
+
+    weights: str
+    columns: int
+    row_bytes: int
+    raw: np.ndarray  # (rows, row_bytes) uint8, begins on a page
+
+    @property
+    def count(self) -> int:
+        return len(self.raw)
+
+
+@contextmanager
+def large_matrix(weights: str, columns: int, megabytes: int, mapped: bool) -> Iterator[Rows]:
+    """Random rows in memory of our own (in large pages where the system has them) or in a mapped file, as models are.
+
+    The bytes of dot rows serve axpy as well: only the order of a row's columns differs.
+    """
+    tile = kernel_table.matrix(np.random.default_rng(1), _TILE, columns, weights, "dot")
+    block = tile.raw[: _TILE * tile.stride].reshape(_TILE, tile.stride)[:, : tile.row_bytes].tobytes()
+    blocks = megabytes * 10**6 // len(block)
+    if mapped:
+        with tempfile.TemporaryFile(dir=cache_dir()) as file:
+            for _ in range(blocks):
+                file.write(block)
+            file.flush()
+            raw: np.ndarray = np.memmap(file, np.uint8, "r", shape=(blocks * _TILE, tile.row_bytes))
+            raw[:, 0].max()  # so that every page is there
+            yield Rows(weights, columns, tile.row_bytes, raw)
+        return
+    memory = np.empty(blocks * len(block) + PAGE, np.uint8)
+    memory = memory[-memory.ctypes.data % PAGE :][: blocks * len(block)]
+    memory.reshape(blocks, -1)[:] = np.frombuffer(block, np.uint8)
+    yield Rows(weights, columns, tile.row_bytes, memory.reshape(-1, tile.row_bytes))
+
+
+def random_lists(random: np.random.Generator, rows: int, density: float) -> list[np.ndarray]:
+    """Sorted lists in which every row is with this probability; together about as long as there are rows."""
+    lists = []
+    for _ in range(round(1 / density)):
+        gaps = random.geometric(density, int(rows * density * 1.1) + 100)
+        chosen = np.cumsum(gaps) - 1
+        lists.append(chosen[chosen < rows].astype(np.int32))
+    return lists
+
+
+class Bench:
+    """The calls of both kernels on one matrix."""
+
+    def __init__(self, rows: Rows, threads: int, pool: ThreadPoolExecutor) -> None:
+        random = np.random.default_rng(2)
+        self._rows, self._pool = rows, pool
+        self._x: Activation = kernel_table.activation(random, 1, rows.columns, rows.weights)[0]
+        self._factors = random.standard_normal(rows.count, np.float32)
+        self._out = np.zeros((threads, rows.count), np.float32)
+        self._y = np.zeros((threads, padded(rows.columns)), np.float32)
+        self._scratch = np.zeros((threads, axpy_scratch(rows.columns)), np.float32)
+
+    def seconds(self, kernel: str, lists: Sequence[np.ndarray], threads: int) -> float:
+        """One pass over all lists, each split between the threads."""
+        primitive: Primitive = getattr(gather, f"{kernel}_{self._rows.weights}")
+        drive = _calls_8 if kernel == "gather_dot" else _calls_10
+        shares = zip(*(np.array_split(one, threads) for one in lists), strict=True)  # each thread's part of every list
+        work = [[self._arguments(kernel, part, thread) for part in parts] for thread, parts in enumerate(shares)]
+        return self._timed([(drive, (primitive.address, np.array(calls, np.int64))) for calls in work])
+
+    def dense_seconds(self, count: int, passes: int) -> float:
+        """The first rows, without a list."""
+        rows, out = self._rows, self._out[0].ctypes.data
+        x = self._x.descriptor.ctypes.data
+        arguments = (rows.raw.ctypes.data, rows.row_bytes, count, x, out, passes)
+        return self._timed([(_DENSE[rows.weights], arguments)])
+
+    def _arguments(self, kernel: str, part: np.ndarray, thread: int) -> tuple[int, ...]:
+        rows, size = self._rows, self._rows.row_bytes
+        listed = (rows.raw.ctypes.data, size, part.ctypes.data, part.size, part.size, size)
+        if kernel == "gather_dot":
+            return (*listed, self._x.descriptor.ctypes.data, self._out[thread].ctypes.data)
+        y, scratch = self._y[thread].ctypes.data, self._scratch[thread].ctypes.data
+        return (*listed, self._factors.ctypes.data, y, padded(rows.columns), scratch)
+
+    def _timed(self, jobs: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> float:
+        start = time.perf_counter()
+        others = [self._pool.submit(function, *arguments) for function, arguments in jobs[1:]]
+        function, arguments = jobs[0]
+        function(*arguments)
+        for other in others:
+            other.result()
+        return time.perf_counter() - start
+
+
+def measure(
+    rows: Rows, threads: Sequence[int], densities: Sequence[float], rounds: int, streams: machine.Streams
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All samples of one matrix, and what a full list costs; after a round that does not count."""
+    random = np.random.default_rng(3)
+    samples: dict[tuple[str, int, float], list[float]] = {}
+    lists: dict[str, tuple[list[float], list[float]]] = {"memory": ([], []), "cache": ([], [])}
+    with ThreadPoolExecutor() as pool:
+        bench = Bench(rows, max(threads), pool)
+        for number in range(rounds + 1):
+            for density in densities:
+                chosen = random_lists(random, rows.count, density)
+                size = sum(one.size for one in chosen) * rows.row_bytes
+                for kernel in KERNELS:
+                    for count in threads:
+                        seconds = bench.seconds(kernel, chosen, count)
+                        if number:
+                            samples.setdefault((kernel, count, density), []).append(size / seconds / 1e9)
+            for place, few in (("memory", rows.count), ("cache", max(1, _CACHED // rows.row_bytes))):
+                passes = rows.count // few
+                full = [np.arange(few, dtype=np.int32)] * passes
+                pair = bench.seconds("gather_dot", full, 1), bench.dense_seconds(few, passes)
+                if number:
+                    for kept, seconds in zip(lists[place], pair, strict=True):
+                        kept.append(seconds)
+            if number:
+                for count in threads:
+                    streams.sample(count)
+    about = {"weights": rows.weights, "columns": rows.columns, "row_bytes": rows.row_bytes}
+    speeds = [
+        about | {"kernel": kernel, "threads": count, "density": density, "gb_per_second": spread(values)}
+        for (kernel, count, density), values in samples.items()
+    ]
+    return speeds, about | {place: pairwise(*pair) for place, pair in lists.items()}
+
+
+def verify(weights: str, columns: int) -> None:
+    """Both kernels against their twins, on a small matrix. Raises `AssertionError`."""
+    random = np.random.default_rng(4)
+    for kernel in KERNELS:
+        chosen = np.flatnonzero(random.random(200) < 0.3)
+        kernel_table.TABLE[f"{kernel}_{weights}"](random, rows=200, columns=columns, chosen=chosen).check()
+
+
+def density_table(result: dict[str, Any]) -> str:
+    """GB/s and the share of a streaming read, for every density, in Markdown."""
+    densities = result["densities"]
+    bandwidth = {s["threads"]: s["gb_per_second"]["median"] for s in result["bandwidth"]}
+    found = {
+        (r["kernel"], r["weights"], r["columns"], r["threads"], r["density"]): r["gb_per_second"]["median"]
+        for r in result["speeds"]
+    }
+    rows = []
+    for key in dict.fromkeys(key[:4] for key in found):
+        speeds = [found[(*key, density)] for density in densities]
+        kernel, weights, columns, threads = key
+        cells = [f"{speed:.1f} ({speed / bandwidth[threads]:.0%})" for speed in speeds]
+        rows.append([f"{kernel} {weights}", columns, threads, *cells])
+    return table(["GB/s (of a streaming read)", "columns", "threads", *(f"{d:g}" for d in densities)], rows)
+
+
+def list_table(result: dict[str, Any]) -> str:
+    """The time of a full list over that of a loop without one, in Markdown."""
+    rows = [[r["weights"], r["columns"], shown(r["memory"], 3), shown(r["cache"], 3)] for r in result["full_lists"]]
+    return table(["a full list, times as long", "columns", "from memory", "from cache"], rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    options = _options(argv)
+    watch, streams = machine.Watch(), machine.Streams((options.megabytes,))
+    speeds: list[dict[str, Any]] = []
+    full_lists: list[dict[str, Any]] = []
+    for weights in options.weights:
+        for columns in options.columns:
+            verify(weights, columns)
+            with large_matrix(weights, columns, options.megabytes, options.mapped) as rows:
+                some, full = measure(rows, options.threads, options.density, options.rounds, streams)
+            speeds += some
+            full_lists.append(full)
+    result = {
+        "machine": machine.describe(),
+        "megabytes": options.megabytes,
+        "mapped": options.mapped,
+        "rounds": options.rounds,
+        "densities": options.density,
+        "used_by_others": watch.others(),
+        "bandwidth": streams.summary(),
+        "speeds": speeds,
+        "full_lists": full_lists,
+    }
+    print(density_table(result), list_table(result), bandwidth_line(result), sep="\n\n")
+    results.finish(options.name, "kernels", result)
+
+
+def _options(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m perf.kernels", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--weights", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--columns", nargs="+", type=int, default=list(COLUMNS))
+    parser.add_argument("--density", nargs="+", type=float, default=list(DENSITIES))
+    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, default_threads()}))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--megabytes", type=int, default=1000, help="of a matrix (default: %(default)s)")
+    parser.add_argument("--mapped", action="store_true", help="matrices in a mapped file instead of memory of our own")
+    parser.add_argument("--name", default="kernels", help="of the result; - keeps none (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
