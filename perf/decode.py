@@ -19,6 +19,7 @@ from perf import machine, results
 from perf.peers import Contender, Request, load_all
 from perf.prompts import prose
 from perf.spread import pairwise, rounded, shown, spread
+from perf.status import say
 from perf.table import table
 
 USUAL = ("fewfire:q4", "llama.cpp:Q4_0", "fewfire:q8", "llama.cpp:Q8_0")
@@ -41,7 +42,7 @@ def measure(
     for number in range(rounds + 1):
         order = range(len(contenders)) if number % 2 else reversed(range(len(contenders)))
         for i in order:
-            _say(f"round {number} of {rounds}: {contenders[i].name}, {contenders[i].threads} threads")
+            say(f"round {number} of {rounds}: {contenders[i].name}, {contenders[i].threads} threads")
             machine.settle()
             prefill, decode = contenders[i].prefill(ids), contenders[i].decode(tokens)
             if number:
@@ -50,7 +51,7 @@ def measure(
         machine.settle()
         for threads in sorted({c.threads for c in contenders}):
             streams.sample(threads)
-    _say("")
+    say("")
     return samples
 
 
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     options = _options(argv)
     context = options.prompt + options.tokens + 1
     requests = [Request(options.model, threads, context, options.gguf) for threads in options.threads]
-    watch, tokenizer = machine.Watch(), fewfire.load(options.model, threads=1).tokenizer
+    watch, tokenizer = machine.Watch(), fewfire.load(requests[0].loadable("q4"), threads=1).tokenizer
     contenders, absent = load_all([*options.contenders, *options.also], requests)
     for name, why in absent.items():
         print(f"absent: {name}: {why}", file=sys.stderr)
@@ -143,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     samples = measure(contenders, prose(tokenizer.encode, options.prompt), options.tokens, options.rounds, streams)
     result = {
         "machine": machine.describe(),
-        "model": options.model,
+        "model": requests[0].label(),
         "rounds": options.rounds,
         "prompt": options.prompt,
         "tokens": options.tokens,
@@ -173,12 +174,6 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stream", nargs="+", type=int, default=[100, 2000], metavar="MB", help="streaming reads")
     parser.add_argument("--name", default="decode", help="of the result; - keeps none (default: %(default)s)")
     return parser.parse_args(argv)
-
-
-def _say(text: str) -> None:
-    """A status line that overwrites itself."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import fewfire
 from fewfire.cache import cache_dir
 from fewfire.checkpoint import fingerprint
 from fewfire.sources import resolve
+from perf import synthetic
 
 
 class AbsentError(Exception):
@@ -37,11 +38,22 @@ class Request:
 
     def path(self) -> Path:
         """The model on disk."""
+        if synthetic.is_made(self.source):
+            raise AbsentError("a model with random weights is there for fewfire and llama.cpp alone")
         return resolve(self.source)
+
+    def loadable(self, weights: str) -> str:
+        """What `fewfire.load` takes for a number format."""
+        return str(Path(self.source) / weights) if synthetic.is_made(self.source) else self.source
+
+    def label(self) -> str:
+        """What results call the model: no path of this machine."""
+        return synthetic.label(self.source) if synthetic.is_made(self.source) else Path(self.source).name
 
     def gguf_path(self) -> Path:
         """The model as a GGUF file. Raises `AbsentError` if there is none."""
-        path = self.gguf or self.path()
+        made = sorted(Path(self.source).glob("*.gguf")) if synthetic.is_made(self.source) else []
+        path = self.gguf or (made[-1] if made else self.path())
         if path.suffix != ".gguf":
             raise AbsentError(f"{self.source} is not a GGUF file; pass one with --gguf")
         return path
@@ -114,7 +126,8 @@ class Fewfire(Stepwise):
 
     def __init__(self, name: str, weights: str, request: Request) -> None:
         super().__init__(name, request.threads)
-        self.model = fewfire.load(request.source, weights=weights, threads=request.threads, context=request.context)
+        source, threads, context = request.loadable(weights), request.threads, request.context
+        self.model = fewfire.load(source, weights=weights, threads=threads, context=context)
         self._session = self.model.session()
         self.details = {"packed_bytes": sum(file.stat().st_size for file in self.model.path.iterdir())}
 

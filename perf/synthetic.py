@@ -39,6 +39,17 @@ _SHARD = 4 * 10**9  # bytes
 CHECKPOINT, ABOUT = "checkpoint", "synthetic.json"
 
 
+def is_made(source: str | Path) -> bool:
+    """Whether a directory is what this command makes."""
+    return (Path(source) / ABOUT).is_file()
+
+
+def label(directory: str | Path) -> str:
+    """What tables call such a model: that its weights are random, and how many neurons fire."""
+    about = json.loads((Path(directory) / ABOUT).read_text(encoding="utf-8"))
+    return f"{about['shape']} shape, random weights, {about['share_firing']:.1%} of neurons fire"
+
+
 def write_checkpoint(weights: RandomWeights, config: dict[str, Any], directory: Path) -> None:
     """A directory in the Hugging Face layout: bfloat16, in shards."""
     directory.mkdir(parents=True)
