@@ -127,12 +127,13 @@ def matrix(random: Random, rows: int, columns: int, weights: str, layout: Layout
     return Matrix(raw, stride, row_bytes, seen, sizes)
 
 
-def quantized(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The twin of activations in int8: `(tokens, columns)` integers and `(tokens, groups)` float32 scales."""
+def quantized(values: np.ndarray, weights: str) -> tuple[np.ndarray, np.ndarray]:
+    """The twin of activations as integers: `(tokens, columns)` int8 or int16, `(tokens, groups)` float32 scales."""
+    kind, top = (np.int16, np.float32(32767)) if weights == "q8" else (np.int8, np.float32(127))
     groups = values.reshape(len(values), -1, GROUP)
     largest = np.abs(groups).max(axis=2)
-    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
-    return np.rint(groups * inverse[:, :, None]).astype(np.int8).reshape(values.shape), largest / np.float32(127)
+    inverse = np.divide(top, largest, out=np.zeros_like(largest), where=largest > 0)
+    return np.rint(groups * inverse[:, :, None]).astype(kind).reshape(values.shape), largest / top
 
 
 def per_lane(integers: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -155,8 +156,8 @@ def activation(random: Random, tokens: int, columns: int, weights: str) -> tuple
     vectors.values[:, :columns] = random.standard_normal((tokens, columns), np.float32)
     vectors.values[:, :columns] *= np.exp(random.uniform(-2, 2, (tokens, columns))).astype(np.float32)
     vectors.values[random.random(tokens) < 0.1, : min(columns, GROUP)] = 0
-    integers, scales = quantized(vectors.values)
-    vectors.quants[:], vectors.scales[:], vectors.sums[:] = per_lane(integers, scales)
+    integers, scales = quantized(vectors.values, weights)
+    vectors.quants(weights)[:], vectors.scales[:], vectors.sums[:] = per_lane(integers, scales)
     if weights in ("f32", "bf16"):
         return vectors, vectors.values.astype(np.float64)
     return vectors, integers * np.repeat(scales.astype(np.float64), GROUP, axis=1)
@@ -250,18 +251,19 @@ def down_strip(weights: str, random: Random, *, neurons: int, columns: int, stri
     return Case(run, (Expectation(y, values, tolerance),), neurons * m.row_bytes * dense.STRIP // width, (panel,))
 
 
-def quantize_vector(random: Random, *, columns: int, tokens: int = 1, vector: int = 0) -> Case:
-    """The int8 side of one of several vectors, integer for integer."""
+def quantize_vector(weights: str, random: Random, *, columns: int, tokens: int = 1, vector: int = 0) -> Case:
+    """The integer side of one of several vectors, integer for integer; q8 rows have no use for sums."""
     x, _ = activation(random, tokens, columns, "f32")
-    integers, scales = quantized(x.values[vector : vector + 1])
-    expected = per_lane(integers, scales)
+    integers, scales = quantized(x.values[vector : vector + 1], weights)
+    expected = per_lane(integers, scales)[: 3 if weights == "q4" else 2]
     outputs = [Output((tokens, e.shape[1]), e.dtype.type) for e in expected]
-    scratch = Output((256 * tokens,), np.int8)
+    scratch = Output((512 * tokens,), np.int8)
     descriptor = x.descriptor.copy()
-    descriptor[[1, 2, 3, 6]] = [*(o.address for o in outputs), scratch.address]
+    descriptor[1 : 1 + len(outputs)] = [o.address for o in outputs]
+    descriptor[6] = scratch.address
 
     def run(_keep: object = x) -> None:
-        pointwise.quantize(descriptor.ctypes.data, vector)
+        getattr(pointwise, f"quantize_{weights}")(descriptor.ctypes.data, vector)
 
     def rows(output: Output, values: np.ndarray) -> Expectation:
         whole = output.array.astype(np.float64)
@@ -415,7 +417,7 @@ TABLE: dict[str, Callable[..., Case]] = {
     **{f"{f.__name__}_{w}": partial(f, w) for f in (dot_tokens, down_strip) for w in FORMATS},
     **{f"{f.__name__}_{c}": partial(f, c) for f in (attend, remember) for c in _CELLS},
     "fit_q4": fit_q4,
-    "quantize": quantize_vector,
+    **{f"quantize_{w}": partial(quantize_vector, w) for w in ("q8", "q4")},
     "rms_norm": rms_norm,
     "layer_norm": layer_norm,
     "activate": activate,

@@ -1,7 +1,8 @@
 """What the engine must compute for a packed model: `reference.py` on its decoded weights, with the engine's rounding.
 
-Integer formats multiply with activations in int8 and keep float16 in the cache. Where that happens is part of what the
-engine promises (norms' outputs and the joined heads; not the neurons' outputs), so the oracle can be strict about it.
+Integer formats multiply with activations as integers (int8 for q4 rows, int16 for q8) and keep float16 in the cache.
+Where that happens is part of what the engine promises (norms' outputs and the joined heads; not the neurons' outputs), so
+the oracle can be strict about it.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ class HalfCache(reference.ReferenceCache):
         return super().extend(layer, k, v)
 
 
-def in_int8(x: np.ndarray) -> np.ndarray:
-    """Vectors as the integer kernels see them, `(T, columns)`."""
+def as_integers(x: np.ndarray, weights: str) -> np.ndarray:
+    """Vectors as the kernels for rows of a format see them, `(T, columns)`."""
     wide = np.zeros((len(x), padded(x.shape[1])), np.float32)
     wide[:, : x.shape[1]] = x
-    integers, scales = quantized(wide)
+    integers, scales = quantized(wide, weights)
     return (integers * np.repeat(scales, GROUP, axis=1))[:, : x.shape[1]]
 
 
@@ -39,14 +40,14 @@ def logits(packed: Packed, ids: Sequence[int], *, rounding: bool = True) -> np.n
     weights = tensors(packed)
     if packed.weights in ("f32", "bf16") or not rounding:
         return reference.forward(packed.config, weights, ids)
-    normed, linear = reference.normed, reference.linear
+    normed, linear, of = reference.normed, reference.linear, packed.formats
 
     def rounded_normed(config: object, tensors: object, name: str, x: np.ndarray) -> np.ndarray:
         y = normed(config, tensors, name, x)  # type: ignore[arg-type]
-        return y if name.endswith("post_norm") else in_int8(y)
+        return y if name.endswith("post_norm") else as_integers(y, of.table if "final" in name else of.rows)
 
     def rounded_linear(tensors: object, name: str, x: np.ndarray) -> np.ndarray:
-        return linear(tensors, name, in_int8(x) if name.endswith(".o") else x)  # type: ignore[arg-type]
+        return linear(tensors, name, as_integers(x, of.rows) if name.endswith(".o") else x)  # type: ignore[arg-type]
 
     with patch.object(reference, "normed", rounded_normed), patch.object(reference, "linear", rounded_linear):
         return reference.forward(packed.config, weights, ids, HalfCache())

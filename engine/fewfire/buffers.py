@@ -22,19 +22,25 @@ def axpy_scratch(columns: int) -> int:
 
 
 class Activation:
-    """One or several vectors that rows are multiplied with, as float32 and as int8; see `kernels/gather.py`."""
+    """One or several vectors that rows are multiplied with, as float32 and as integers; see `kernels/gather.py`."""
 
     def __init__(self, columns: int, tokens: int = 1) -> None:
         n = padded(columns)
         groups = n // 32
         lanes = 8 * (groups // 8 + groups % 8 // 4 + groups % 4 // 2)  # eight for each block of groups
         self.values = np.zeros((tokens, n), np.float32)
-        self.quants = np.zeros((tokens, n), np.int8)
+        self._quants = np.zeros((tokens, n), np.int16)
         self.scales = np.zeros((tokens, lanes), np.float32)
         self.sums = np.zeros((tokens, lanes), np.float32)
-        self._scratch = np.zeros((tokens, 256), np.int8)
-        parts = (self.values, self.quants, self.scales, self.sums)
+        self._scratch = np.zeros((tokens, 512), np.int8)
+        parts = (self.values, self._quants, self.scales, self.sums)
         self.descriptor = np.array([*(p.ctypes.data for p in parts), n, lanes, self._scratch.ctypes.data], np.int64)
+
+    def quants(self, weights: str) -> np.ndarray:
+        """The integers that rows of a format meet, `(tokens, columns padded)`: int16 for q8, int8 for q4."""
+        if weights == "q8":
+            return self._quants
+        return self._quants.view(np.int8).reshape(-1)[: self._quants.size].reshape(self._quants.shape)
 
 
 class Buffers:

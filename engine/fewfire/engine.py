@@ -105,6 +105,9 @@ class Engine:
         return valid if all_logits else valid[-1:]
 
 
+_QUANTIZERS = {"q4": pointwise.quantize_q4, "q8": pointwise.quantize_q8}
+
+
 def _primitives(of: Formats, cache: str) -> dict[str, Primitive]:
     """The primitives for a model's number formats, by their fields in the model's record."""
     primitives = {
@@ -118,8 +121,11 @@ def _primitives(of: Formats, cache: str) -> dict[str, Primitive]:
         "attend": getattr(attention, f"attend_{cache}"),
         "remember": getattr(attention, f"remember_{cache}"),
     }
-    for name in ("rms_norm", "layer_norm", "quantize", "rotate", "activate"):
+    for name in ("rms_norm", "layer_norm", "rotate", "activate"):
         primitives[name] = getattr(pointwise, name)
+    for name, weights in (("quantize", of.rows), ("table_quantize", of.table)):
+        if weights in _QUANTIZERS:
+            primitives[name] = _QUANTIZERS[weights]
     return primitives
 
 
@@ -152,6 +158,7 @@ def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int) -> Bu
         act_on_up=c.act_on_up,
         gated=c.gated,
         rope_half=c.head_dim // 2 if c.rope else 0,
+        table_integer=1 if packed.formats.table == "q4" else 2,
         table_stride=arrays["embed"].strides[1],
         down=arrays["gate"].strides[1] if c.gated else 0,
         **strides,

@@ -21,6 +21,7 @@ from fewfire.kernels.layer import (
     multiply_by,
     next_input,
     place_heads,
+    quantize,
     record,
     set_rope,
 )
@@ -104,7 +105,7 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
     if take(team, phase, 1) >= 0:
         embed(model, token, position, hidden)
         set_rope(model, position, work.cos, work.sin)
-        next_input(model, layers[0].attn_norm, layers[0].attn_norm_bias, hidden, x, 0)
+        next_input(model, layers[0].attn_norm, layers[0].attn_norm_bias, hidden, x, 0, model.quantize)
         finish(team, 1)
         advance(team, phase)
     phase = wait(team, phase)
@@ -129,7 +130,7 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
             scores, context = work.scores + head * work.scores_stride, work.context + 4 * head * model.head_width
             attend_head(model, weights, cache, layer, position, head, work.query, scores, context, work.joined)
             if finish(team, model.heads):
-                call(model.quantize, (work.attended, 0))
+                quantize(model.quantize, work.attended, 0)
                 advance(team, phase)
             head = take(team, phase, model.heads)
         phase = wait(team, phase)
@@ -140,7 +141,7 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
             _all_rows(model, model.gather_dot, weights.o, model.o_stride, start, stop, work.attended, delta)
             if finish(team, _ROW_CHUNKS):
                 add_block(model, hidden, delta, weights.o_bias, weights.attn_post_norm)
-                next_input(model, weights.ffn_norm, weights.ffn_norm_bias, hidden, x, 0)
+                next_input(model, weights.ffn_norm, weights.ffn_norm_bias, hidden, x, 0, model.quantize)
                 advance(team, phase)
             chunk = take(team, phase, _ROW_CHUNKS)
         phase = wait(team, phase)
@@ -157,9 +158,9 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
                 add_block(model, hidden, work.partial, weights.down_bias, weights.ffn_post_norm)
                 if layer + 1 < model.layers:
                     follower = layers[layer + 1]
-                    next_input(model, follower.attn_norm, follower.attn_norm_bias, hidden, x, 0)
+                    next_input(model, follower.attn_norm, follower.attn_norm_bias, hidden, x, 0, model.quantize)
                 else:
-                    next_input(model, model.final_norm, model.final_norm_bias, hidden, x, 0)
+                    next_input(model, model.final_norm, model.final_norm_bias, hidden, x, 0, model.table_quantize)
                 advance(team, phase)
             chunk = take(team, phase, NEURON_CHUNKS)
         phase = wait(team, phase)

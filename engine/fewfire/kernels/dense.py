@@ -10,7 +10,7 @@ from fewfire.kernels import simd
 from fewfire.kernels.compile import inline, primitive
 from fewfire.kernels.gather import COLUMNS, LANES, QUANTS, SCALES, SUMS, VALUES
 from fewfire.kernels.simd import (
-    dot_s8,
+    dot_i16,
     dot_u4,
     first_lane,
     fma,
@@ -21,7 +21,9 @@ from fewfire.kernels.simd import (
     load_f16x8,
     load_f32x8,
     load_i8x8_as_f32,
+    load_i8x16_as_i16,
     load_i8x32,
+    load_i16x16,
     load_i32x8,
     load_i64,
     low_nibbles,
@@ -32,6 +34,7 @@ from fewfire.kernels.simd import (
     store_f32,
     store_f32x8,
     sum_lanes,
+    sum_pairs,
     to_f32,
     zeros_i32,
 )
@@ -64,13 +67,17 @@ def _four_float(load, step, row, x, t):
 @inline
 def _block_q8(row, quants, stride, groups):
     a, b, c, d = zeros_i32(), zeros_i32(), zeros_i32(), zeros_i32()
+    e, f, g, h = zeros_i32(), zeros_i32(), zeros_i32(), zeros_i32()
     for i in range(0, 32 * groups, 32):
-        w = load_i8x32(row + i)
-        a = dot_s8(a, w, load_i8x32(quants + i))
-        b = dot_s8(b, w, load_i8x32(quants + i + stride))
-        c = dot_s8(c, w, load_i8x32(quants + i + 2 * stride))
-        d = dot_s8(d, w, load_i8x32(quants + i + 3 * stride))
-    return to_f32(a), to_f32(b), to_f32(c), to_f32(d)
+        low, high, at = load_i8x16_as_i16(row + i), load_i8x16_as_i16(row + i + 16), quants + 2 * i
+        a, e = dot_i16(a, low, load_i16x16(at)), dot_i16(e, high, load_i16x16(at + 32))
+        at += stride
+        b, f = dot_i16(b, low, load_i16x16(at)), dot_i16(f, high, load_i16x16(at + 32))
+        at += stride
+        c, g = dot_i16(c, low, load_i16x16(at)), dot_i16(g, high, load_i16x16(at + 32))
+        at += stride
+        d, h = dot_i16(d, low, load_i16x16(at)), dot_i16(h, high, load_i16x16(at + 32))
+    return to_f32(sum_pairs(a, e)), to_f32(sum_pairs(b, f)), to_f32(sum_pairs(c, g)), to_f32(sum_pairs(d, h))
 
 
 @inline
@@ -107,16 +114,16 @@ def _with_minima(minimum, sums, lanes, totals):
 
 @inline
 def _four_q8(row, x, t):
-    stride, lanes = load_i64(x + COLUMNS), 4 * load_i64(x + LANES)
-    groups, scale = stride // 32, row + stride
+    columns, lanes = load_i64(x + COLUMNS), 4 * load_i64(x + LANES)
+    groups, scale, stride = columns // 32, row + columns, 2 * columns
     quants, x_scale = load_i64(x + QUANTS) + t * stride, load_i64(x + SCALES) + t * lanes
     totals = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
     for _ in range(groups // 8):
         totals = _scaled(_block_q8(row, quants, stride, 8), load_f16x8(scale), x_scale, lanes, totals)
-        row, quants, scale, x_scale = row + 256, quants + 256, scale + 16, x_scale + 32
+        row, quants, scale, x_scale = row + 256, quants + 512, scale + 16, x_scale + 32
     if groups & 4:
         totals = _scaled(_block_q8(row, quants, stride, 4), load_f16x4(scale), x_scale, lanes, totals)
-        row, quants, scale, x_scale = row + 128, quants + 128, scale + 8, x_scale + 32
+        row, quants, scale, x_scale = row + 128, quants + 256, scale + 8, x_scale + 32
     if groups & 2:
         totals = _scaled(_block_q8(row, quants, stride, 2), load_f16x2(scale), x_scale, lanes, totals)
     a, b, c, d = totals

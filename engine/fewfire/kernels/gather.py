@@ -16,7 +16,7 @@ from fewfire.kernels import simd
 from fewfire.kernels.compile import inline, primitive
 from fewfire.kernels.simd import (
     add,
-    dot_s8,
+    dot_i16,
     dot_u4,
     first_lane,
     fma,
@@ -29,7 +29,9 @@ from fewfire.kernels.simd import (
     load_f32x8,
     load_i8,
     load_i8x8_as_f32,
+    load_i8x16_as_i16,
     load_i8x32,
+    load_i16x16,
     load_i32,
     load_i32x8,
     load_i64,
@@ -42,6 +44,7 @@ from fewfire.kernels.simd import (
     store_f32,
     store_f32x8,
     sum_lanes,
+    sum_pairs,
     to_f32,
     zeros_i32,
 )
@@ -49,9 +52,10 @@ from fewfire.kernels.simd import (
 _I = types.int64
 
 # An activation vector (or a batch of them) is known by the address of its descriptor, int64 words at these bytes: the
-# addresses of its float32 values, of its int8 quants in the rows' interleaved order, of its float32 scales and sums,
-# both one per 32-bit lane of each block of groups (the group's scale; that times the sum of the lane's integers); the
-# padded number of columns; the lanes of one vector; the address of 256 bytes of scratch for each vector.
+# addresses of its float32 values, of its quants in the rows' interleaved order, of its float32 scales and sums, both
+# one per 32-bit lane of each block of groups (the group's scale; that times the sum of the lane's quants); the padded
+# number of columns; the lanes of one vector; the address of 512 bytes of scratch for each vector. Quants are int8 for
+# q4 rows, and int16 for q8 rows: it costs nothing there, and the format that is chosen to be exact should be.
 VALUES, QUANTS, SCALES, SUMS, COLUMNS, LANES, SCRATCH = range(0, 56, 8)
 
 # A row is asked for while the one so many entries before it in the list is worked on. Each pass over a block of neurons
@@ -87,10 +91,11 @@ def _dot_bf16(row, x):
 
 @inline
 def _block_q8(row, quants, groups):
-    acc = zeros_i32()
+    low, high = zeros_i32(), zeros_i32()
     for i in range(0, 32 * groups, 32):
-        acc = dot_s8(acc, load_i8x32(row + i), load_i8x32(quants + i))
-    return acc
+        low = dot_i16(low, load_i8x16_as_i16(row + i), load_i16x16(quants + 2 * i))
+        high = dot_i16(high, load_i8x16_as_i16(row + i + 16), load_i16x16(quants + 2 * i + 32))
+    return sum_pairs(low, high)
 
 
 @inline
@@ -111,10 +116,10 @@ def _dot_q8(row, x):
     acc = splat_f32(0.0)
     for _ in range(groups // 8):
         acc = fma(to_f32(_block_q8(row, quants, 8)), mul(load_f16x8(scale), load_f32x8(x_scale)), acc)
-        row, quants, scale, x_scale = row + 256, quants + 256, scale + 16, x_scale + 32
+        row, quants, scale, x_scale = row + 256, quants + 512, scale + 16, x_scale + 32
     if groups & 4:
         acc = fma(to_f32(_block_q8(row, quants, 4)), mul(load_f16x4(scale), load_f32x8(x_scale)), acc)
-        row, quants, scale, x_scale = row + 128, quants + 128, scale + 8, x_scale + 32
+        row, quants, scale, x_scale = row + 128, quants + 256, scale + 8, x_scale + 32
     if groups & 2:
         acc = fma(to_f32(_block_q8(row, quants, 2)), mul(load_f16x2(scale), load_f32x8(x_scale)), acc)
     return sum_lanes(acc)

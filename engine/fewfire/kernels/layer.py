@@ -19,20 +19,22 @@ def record(integers: str, floats: str = "") -> np.dtype:
     return np.dtype([(n, np.int64) for n in integers.split()] + [(n, np.float64) for n in floats.split()])
 
 
-# Primitives for the model's number formats; "table" is the embedding and the head, which may have another format.
+# Primitives for the model's number formats; "table" is the embedding and the head, which may have another format. The
+# quantizers are 0 for f32 and bf16 rows.
 _PRIMITIVES = """
     gather_dot gather_axpy dot_tokens down_strip table_dot table_tokens table_row attend remember
-    rms_norm layer_norm quantize rotate activate
+    rms_norm layer_norm quantize table_quantize rotate activate
 """
 # `width` is the hidden size padded to 64, `head_width` head_dim padded to 8, `cell` the bytes of one cached head.
 _SHAPE = """
     layers hidden width heads kv_heads head_dim head_width cell neurons vocab activation act_on_up gated
 """
 # Rows are `stride` bytes apart; a neuron's down row begins `down` bytes into its row of `updown`. `every` is the list
-# of all rows of any matrix, `frequencies` float32 (2, head_dim / 2): radians per position of global and local layers.
+# of all rows of any matrix, `frequencies` float32 (2, head_dim / 2): radians per position of global and local layers;
+# `table_integer` the bytes of one quant of a vector that meets the tables' rows.
 _TABLES = """
     embed positions head table_stride qkv_stride o_stride gate_stride updown_stride down
-    final_norm final_norm_bias frequencies rope_half every
+    final_norm final_norm_bias frequencies rope_half every table_integer
 """
 MODEL = record(_PRIMITIVES + _SHAPE + _TABLES, "act_threshold eps attention_scale embedding_scale")
 
@@ -98,14 +100,21 @@ def embed(model, token, position, out):
 
 
 @inline
-def next_input(model, weight, bias, hidden, x, t):
-    """Norm of the residual stream into vector t of x, ready to be multiplied with."""
+def quantize(address, x, t):
+    """Vector t of x as integers, for rows whose format wants that."""
+    if address != 0:
+        call(address, (x, t))
+
+
+@inline
+def next_input(model, weight, bias, hidden, x, t, quantizer):
+    """Norm of the residual stream into vector t of x, ready to be multiplied with rows of the quantizer's format."""
     out = load_i64(x + VALUES) + 4 * t * model.width
     if bias != 0:
         call(model.layer_norm, (hidden, weight, bias, model.eps, model.hidden, out))
     else:
         call(model.rms_norm, (hidden, weight, model.eps, model.hidden, out))
-    call(model.quantize, (x, t))
+    quantize(quantizer, x, t)
 
 
 @inline

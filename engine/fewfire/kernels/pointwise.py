@@ -14,8 +14,9 @@ from fewfire.kernels.simd import (
     absolute,
     add,
     copy_4_bytes,
+    copy_8_bytes,
     divide,
-    dot_s8,
+    dot_u4,
     fma,
     load_f32,
     load_f32x8,
@@ -27,10 +28,12 @@ from fewfire.kernels.simd import (
     mul,
     ones_i8,
     rint,
+    settle,
     splat_f32,
     store_f32,
     store_f32x8,
     store_rounded_i8x8,
+    store_rounded_i16x8,
     subtract,
     sum_lanes,
     times_power_of_two,
@@ -122,17 +125,18 @@ def layer_norm(x, weight, bias, eps, count, out):
         store_f32(out + i, (load_f32(x + i) - mean) * inverse * load_f32(weight + i) + load_f32(bias + i))
 
 
-@primitive(_I, _I)
-def quantize(x, t):
-    """Fills in the int8 side of vector t of an activation from its float32 values: groups of 32, scale = max |v| / 127.
+@inline
+def _quantize(x, t, largest_integer, size, store, copy):
+    """Fills in the integers of vector t of an activation from its float32 values, in groups of 32.
 
-    A block is up to eight groups; within it the bytes are interleaved in fours as in the rows (see `gather.py`).
+    A group's scale is its largest |value| / `largest_integer`; an integer takes `size` bytes. A block is up to eight
+    groups; within it the integers are interleaved in fours as in the rows (see `gather.py`). Returns the address of the
+    vector's integers.
     """
     columns, lanes = load_i64(x + COLUMNS), 4 * load_i64(x + LANES)
-    values, quants = load_i64(x + VALUES) + 4 * t * columns, load_i64(x + QUANTS) + t * columns
-    scales, sums = load_i64(x + SCALES) + t * lanes, load_i64(x + SUMS) + t * lanes
-    plain = load_i64(x + SCRATCH) + 256 * t
-    groups = columns // 32
+    values, first = load_i64(x + VALUES) + 4 * t * columns, load_i64(x + QUANTS) + size * t * columns
+    scales, plain = load_i64(x + SCALES) + t * lanes, load_i64(x + SCRATCH) + 512 * t
+    groups, quants, top = columns // 32, first, np.float32(largest_integer)
     while groups > 0:
         block = 8 if groups >= 8 else (4 if groups >= 4 else 2)
         spread = 8 // block  # lanes per group
@@ -140,20 +144,39 @@ def quantize(x, t):
             a, b = load_f32x8(values), load_f32x8(values + 32)
             c, d = load_f32x8(values + 64), load_f32x8(values + 96)
             largest = max_lane(maximum(maximum(absolute(a), absolute(b)), maximum(absolute(c), absolute(d))))
-            inverse = splat_f32(np.float32(127.0) / largest if largest > 0.0 else np.float32(0.0))
-            store_rounded_i8x8(plain + 32 * g, mul(a, inverse))
-            store_rounded_i8x8(plain + 32 * g + 8, mul(b, inverse))
-            store_rounded_i8x8(plain + 32 * g + 16, mul(c, inverse))
-            store_rounded_i8x8(plain + 32 * g + 24, mul(d, inverse))
+            inverse, at = splat_f32(top / largest if largest > 0.0 else np.float32(0.0)), plain + 32 * size * g
+            store(at, mul(a, inverse))
+            store(at + 8 * size, mul(b, inverse))
+            store(at + 16 * size, mul(c, inverse))
+            store(at + 24 * size, mul(d, inverse))
             for lane in range(spread):
-                store_f32(scales + 4 * (spread * g + lane), largest / np.float32(127.0))
+                store_f32(scales + 4 * (spread * g + lane), largest / top)
             values += 128
-        total = zeros_i32()
         for v in range(block):
             for lane in range(8):
-                copy_4_bytes(quants + 32 * v + 4 * lane, plain + 4 * (lane * block + v))
-            total = dot_s8(total, ones_i8(), load_i8x32(quants + 32 * v))
-        store_f32x8(sums, mul(to_f32(total), load_f32x8(scales)))
+                copy(quants + size * (32 * v + 4 * lane), plain + 4 * size * (lane * block + v))
+        quants, scales, groups = quants + 32 * size * block, scales + 32, groups - block
+    return first
+
+
+@primitive(_I, _I)
+def quantize_q8(x, t):
+    """The int16 side of vector t of an activation, for q8 rows: scale = largest |value| / 32767."""
+    _quantize(x, t, 32767, 2, store_rounded_i16x8, copy_8_bytes)
+
+
+@primitive(_I, _I)
+def quantize_q4(x, t):
+    """The int8 side, for q4 rows: scale = largest |value| / 127; with each lane's scale times its sum of integers."""
+    quants = _quantize(x, t, 127, 1, store_rounded_i8x8, copy_4_bytes)
+    groups, lanes = load_i64(x + COLUMNS) // 32, 4 * load_i64(x + LANES)
+    scales, sums = load_i64(x + SCALES) + t * lanes, load_i64(x + SUMS) + t * lanes
+    while groups > 0:
+        block = 8 if groups >= 8 else (4 if groups >= 4 else 2)
+        total = zeros_i32()
+        for v in range(block):
+            total = dot_u4(total, ones_i8(), load_i8x32(quants + 32 * v))
+        store_f32x8(sums, mul(to_f32(settle(total)), load_f32x8(scales)))
         quants, scales, sums, groups = quants + 32 * block, scales + 32, sums + 32, groups - block
 
 

@@ -20,6 +20,7 @@ from fewfire.kernels.layer import (
     multiply_by,
     next_input,
     place_heads,
+    quantize,
     record,
     set_rope,
 )
@@ -46,9 +47,9 @@ def _chunks(count, size):
 
 
 @inline
-def _inputs(model, weight, bias, batch, start, stop):
+def _inputs(model, weight, bias, batch, start, stop, quantizer):
     for t in range(start, stop):
-        next_input(model, weight, bias, batch.hidden + 4 * t * model.width, batch.x, t)
+        next_input(model, weight, bias, batch.hidden + 4 * t * model.width, batch.x, t, quantizer)
 
 
 @inline
@@ -92,16 +93,16 @@ def _fire(model, weights, batch, start, count, gate, up):
 
 
 @inline
-def _last_vectors(x, skipped, out):
-    """Writes the descriptor of all vectors of x but the first `skipped`."""
+def _last_vectors(x, skipped, integer, out):
+    """Writes the descriptor of all vectors of x but the first `skipped`; `integer`: bytes of a quant."""
     columns, lanes = load_i64(x + COLUMNS), load_i64(x + LANES)
     store_i64(out + VALUES, load_i64(x + VALUES) + 4 * skipped * columns)
-    store_i64(out + QUANTS, load_i64(x + QUANTS) + skipped * columns)
+    store_i64(out + QUANTS, load_i64(x + QUANTS) + integer * skipped * columns)
     store_i64(out + SCALES, load_i64(x + SCALES) + 4 * skipped * lanes)
     store_i64(out + SUMS, load_i64(x + SUMS) + 4 * skipped * lanes)
     store_i64(out + COLUMNS, columns)
     store_i64(out + LANES, lanes)
-    store_i64(out + SCRATCH, load_i64(x + SCRATCH) + 256 * skipped)
+    store_i64(out + SCRATCH, load_i64(x + SCRATCH) + 512 * skipped)
 
 
 @kernel(
@@ -125,7 +126,7 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
             embed(model, tokens[t], position + t, batch.hidden + t * width)
             angles = 8 * t * model.rope_half
             set_rope(model, position + t, batch.cos + angles, batch.sin + angles)
-        _inputs(model, layers[0].attn_norm, layers[0].attn_norm_bias, batch, start, stop)
+        _inputs(model, layers[0].attn_norm, layers[0].attn_norm_bias, batch, start, stop, model.quantize)
         if finish(team, blocks):
             advance(team, phase)
         block = take(team, phase, blocks)
@@ -166,7 +167,7 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
                 query, joined = batch.query + t * queries, batch.joined + t * batch.joined_stride
                 for head in range(model.heads):
                     attend_head(model, weights, cache, layer, position + t, head, query, scores, context, joined)
-                call(model.quantize, (batch.attended, t))
+                quantize(model.quantize, batch.attended, t)
             if finish(team, blocks):
                 advance(team, phase)
             block = take(team, phase, blocks)
@@ -191,7 +192,7 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
         while block >= 0:
             start, stop = TOKENS * block, min(count, TOKENS * block + TOKENS)
             _add_blocks(model, batch, weights.o_bias, weights.attn_post_norm, start, stop)
-            _inputs(model, weights.ffn_norm, weights.ffn_norm_bias, batch, start, stop)
+            _inputs(model, weights.ffn_norm, weights.ffn_norm_bias, batch, start, stop, model.quantize)
             if finish(team, blocks):
                 advance(team, phase)
             block = take(team, phase, blocks)
@@ -224,16 +225,16 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
             _add_blocks(model, batch, weights.down_bias, weights.ffn_post_norm, start, stop)
             if layer + 1 < model.layers:
                 follower = layers[layer + 1]
-                _inputs(model, follower.attn_norm, follower.attn_norm_bias, batch, start, stop)
+                _inputs(model, follower.attn_norm, follower.attn_norm_bias, batch, start, stop, model.quantize)
             else:
-                _inputs(model, model.final_norm, model.final_norm_bias, batch, start, stop)
+                _inputs(model, model.final_norm, model.final_norm_bias, batch, start, stop, model.table_quantize)
             if finish(team, blocks):
                 advance(team, phase)
             block = take(team, phase, blocks)
         phase = wait(team, phase)
 
     wanted = batch.wanted + thread * (SCRATCH + 8)
-    _last_vectors(x, padded - rows, wanted)
+    _last_vectors(x, padded - rows, model.table_integer, wanted)
     chunks = _chunks(model.vocab, _HEAD_ROWS)
     chunk = take(team, phase, chunks)
     while chunk >= 0:

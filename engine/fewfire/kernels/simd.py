@@ -36,12 +36,13 @@ class _VectorModel(models.PrimitiveModel):
 
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 i8x32 = Vector("i8x32", _I8, 32)
+i16x16 = Vector("i16x16", _I16, 16)
 i32x8 = Vector("i32x8", _I32, 8)
 f32x8 = Vector("f32x8", _F32, 8)
 
 
 def _vector(name: str) -> Vector:
-    return {"i8x32": i8x32, "i32x8": i32x8, "f32x8": f32x8}[name]
+    return {"i8x32": i8x32, "i16x16": i16x16, "i32x8": i32x8, "f32x8": f32x8}[name]
 
 
 def instruction(result: types.Type, *arguments: types.Type) -> Callable[[Callable[..., Any]], Any]:
@@ -132,6 +133,18 @@ def store_f32x8(builder, address, value):
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
 
 
+@instruction(i16x16, types.intp)
+def load_i16x16(builder, address):
+    """16 int16 at any alignment."""
+    return _load(builder, address, i16x16.llvm)
+
+
+@instruction(i16x16, types.intp)
+def load_i8x16_as_i16(builder, address):
+    """16 signed bytes, widened."""
+    return builder.sext(_load(builder, address, ir.VectorType(_I8, 16)), i16x16.llvm)
+
+
 @instruction(types.int64, types.intp)
 def load_i64(builder, address):
     return _load(builder, address, _I64)
@@ -184,9 +197,22 @@ def prefetch(builder, address):
     _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
 
 
+@instruction(types.void, types.intp, f32x8)
+def store_rounded_i16x8(builder, address, value):
+    """8 int16, rounded to nearest even; the values must lie between -32767 and 32767."""
+    rounded = _call(builder, "llvm.rint.v8f32", f32x8.llvm, value)
+    narrow = builder.trunc(builder.fptosi(rounded, i32x8.llvm), ir.VectorType(_I16, 8))
+    builder.store(narrow, builder.inttoptr(address, narrow.type.as_pointer()), align=1)
+
+
 @instruction(types.void, types.intp, types.intp)
 def copy_4_bytes(builder, target, source):
     builder.store(_load(builder, source, _I32), builder.inttoptr(target, _I32.as_pointer()), align=1)
+
+
+@instruction(types.void, types.intp, types.intp)
+def copy_8_bytes(builder, target, source):
+    builder.store(_load(builder, source, _I64), builder.inttoptr(target, _I64.as_pointer()), align=1)
 
 
 @instruction(types.void, types.intp, i32x8)
@@ -409,25 +435,26 @@ def _widen_avx2(builder: ir.IRBuilder, pairs: ir.Value) -> ir.Value:
     return _call(builder, "llvm.x86.avx2.pmadd.wd", i32x8.llvm, pairs, _constant(_I16, 16, 1))
 
 
-def _unsign(builder: ir.IRBuilder, w: ir.Value, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """(|w|, x with w's sign): same products, and the first factor is unsigned as the instructions want it."""
-    magnitude = _call(builder, "llvm.abs.v32i8", i8x32.llvm, w, ir.Constant(ir.IntType(1), 0))
-    return magnitude, _call(builder, "llvm.x86.avx2.psign.b", i8x32.llvm, x, w)
+def emit_dot_i16(builder: ir.IRBuilder, level: str, acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+    if level in ("vnni", "avx2"):  # LLVM makes vpdpwssd of the pair where there is VNNI
+        return builder.add(acc, _call(builder, "llvm.x86.avx2.pmadd.wd", i32x8.llvm, w, x))
+    wide = ir.VectorType(_I32, 16)
+    products = builder.mul(builder.sext(w, wide), builder.sext(x, wide))
+    even, odd = (_select_lanes(builder, products, list(range(k, 16, 2))) for k in (0, 1))
+    return builder.add(acc, builder.add(even, odd))
 
 
-def emit_dot_s8(builder: ir.IRBuilder, level: str, acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
-    if level == "vnni":
-        return _dot_vnni(builder, acc, *_unsign(builder, w, x))
-    if level == "avx2":
-        # 2 * 127 * 127 = 32258 fits 16 bits.
-        return builder.add(acc, _widen_avx2(builder, _pairs_avx2(builder, *_unsign(builder, w, x))))
-    return (_dot_neon if level == "neon" else _dot_plain)(builder, acc, w, x)
+@instruction(i32x8, i32x8, i16x16, i16x16)
+def dot_i16(builder, acc, w, x):
+    """acc[l] + w[2l] * x[2l] + w[2l + 1] * x[2l + 1]."""
+    return emit_dot_i16(builder, LEVEL, acc, w, x)
 
 
-@instruction(i32x8, i32x8, i8x32, i8x32)
-def dot_s8(builder, acc, w, x):
-    """acc[l] + sum of w[4l + k] * x[4l + k], k < 4. Both signed, -127 to 127."""
-    return emit_dot_s8(builder, LEVEL, acc, w, x)
+@instruction(i32x8, i32x8, i32x8)
+def sum_pairs(builder, low, high):
+    """Sums of neighbouring lanes, of the first register and then of the second."""
+    even, odd = (ir.Constant(ir.VectorType(_I32, 8), list(range(k, 16, 2))) for k in (0, 1))
+    return builder.add(builder.shuffle_vector(low, high, even), builder.shuffle_vector(low, high, odd))
 
 
 def emit_dot_u4(builder: ir.IRBuilder, level: str, acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
@@ -441,7 +468,9 @@ def emit_dot_u4(builder: ir.IRBuilder, level: str, acc: ir.Value, w: ir.Value, x
 
 @instruction(i32x8, i32x8, i8x32, i8x32)
 def dot_u4(builder, acc, w, x):
-    """Like `dot_s8` for w from 0 to 15, up to eight times on an accumulator that starts at zero; then `settle` it.
+    """acc[l] + sum of w[4l + k] * x[4l + k], k < 4; w from 0 to 15, x from -127 to 127.
+
+    Up to eight times on an accumulator that starts at zero; then `settle` it.
 
     Between the calls the accumulator's contents are the level's own affair: avx2 keeps 16-bit sums of pairs
     (8 * 2 * 15 * 127 = 30480 fits), which saves one widening per call.

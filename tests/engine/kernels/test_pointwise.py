@@ -38,12 +38,13 @@ def test_rotate(half: int, random: np.random.Generator) -> None:
     TABLE["rotate"](random, half=half).check()
 
 
+@pytest.mark.parametrize("weights", ["q8", "q4"])
 @pytest.mark.parametrize("columns", [1, 40, 64, 100, 192, 256, 320, 448, 576, 1536])
-def test_quantize(columns: int, random: np.random.Generator) -> None:
+def test_quantize(columns: int, weights: str, random: np.random.Generator) -> None:
     """Integer for integer, one vector of several, the others untouched."""
-    TABLE["quantize"](random, columns=columns).check()
+    TABLE[f"quantize_{weights}"](random, columns=columns).check()
     for vector in (0, 2, 4):
-        TABLE["quantize"](random, columns=columns, tokens=5, vector=vector).check()
+        TABLE[f"quantize_{weights}"](random, columns=columns, tokens=5, vector=vector).check()
 
 
 def test_quantize_at_the_edges(random: np.random.Generator) -> None:
@@ -52,10 +53,10 @@ def test_quantize_at_the_edges(random: np.random.Generator) -> None:
     x.values[0, 32:64] = 1e-39 * random.standard_normal(32)
     x.values[0, 64:96] = np.arange(32) + 0.5
     x.values[0, 95] = 127
-    pointwise.quantize(x.descriptor.ctypes.data, 0)
+    pointwise.quantize_q4(x.descriptor.ctypes.data, 0)
     assert np.isfinite(x.scales).all()
     assert (x.scales >= 0).all()
-    scales, quants = x.scales[0, ::2], x.quants[0].reshape(4, 8, 4).transpose(1, 0, 2).reshape(4, 32)
+    scales, quants = x.scales[0, ::2], x.quants("q4")[0].reshape(4, 8, 4).transpose(1, 0, 2).reshape(4, 32)
     assert (quants[[0, 3]] == 0).all()
     assert np.abs(quants[1] * scales[1] - x.values[0, 32:64]).max() < 1e-38
     np.testing.assert_array_equal(quants[2], np.rint(x.values[0, 64:96]))
