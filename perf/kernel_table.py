@@ -383,6 +383,7 @@ def attend(cache: str, random: Random, *, start: int, stop: int, head_dim: int) 
     shares = np.exp(scores - scores.max())
     shares /= shares.sum()
     out, scratch = Output((width,)), Output((stop - start + 8,))
+    scratch.array[:] = 1e30  # the kernel's exp makes nothing of a NaN
     arguments = (
         cells[0].ctypes.data, cells[1].ctypes.data, start, stop, query.ctypes.data, scale, scratch.address, out.address,
         width,

@@ -108,8 +108,11 @@ def test_caches_grow(long: Model) -> None:
         at += size
     assert at == len(session.tokens) == long.context == 1100
     assert worst < 2e-4
-    # A cache that is new again, on buffers that have seen longer ones.
-    np.testing.assert_allclose(long.session().feed(ids[:40]), expected[39], atol=2e-4)
+    # A cache that is new again, on buffers that have seen longer ones; then far beyond twice its capacity.
+    again = long.session()
+    np.testing.assert_allclose(again.feed(ids[:40]), expected[39], atol=2e-4)
+    np.testing.assert_allclose(again.feed(ids[40:900], all_logits=True), expected[40:900], atol=2e-4)
+    np.testing.assert_allclose(again.feed(ids[900:901]), expected[900], atol=2e-4)
 
 
 def test_the_context_ends(packed_path: PackedPath) -> None:
