@@ -6,6 +6,7 @@ Figures in the README come from here and never out of a hand.
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ _SECTIONS: dict[str, Callable[[Result], str]] = {
 
 
 def _section(title: str, *paragraphs: str, result: Result) -> str:
-    return "\n\n".join([f"### {title}", *paragraphs, _where(result)])
+    parts = [part if part.startswith("|") else textwrap.fill(part, 118) for part in (*paragraphs, _where(result))]
+    return "\n\n".join([f"### {title}", *parts])
 
 
 def _where(result: Result) -> str:
