@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fewfire import generate, quantize
+from fewfire import generate, memory, quantize
 from fewfire.chat import ChatTemplate, Message
 from fewfire.checkpoint import fingerprint
 from fewfire.engine import Engine
@@ -77,6 +77,7 @@ class Model:
         self.tokenizer = _tokenizer(packed)
         self.chat_template = _template(packed, self.tokenizer)
         self.engine = Engine(packed, threads, progress)
+        memory.trim()
 
     @property
     def threads(self) -> int:
@@ -119,7 +120,7 @@ class Model:
         self,
         messages: Sequence[Message],
         *,
-        max_tokens: int = 256,
+        max_tokens: int = 1024,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         session: Session | None = None,
@@ -131,7 +132,7 @@ class Model:
         self,
         messages: Sequence[Message],
         *,
-        max_tokens: int = 256,
+        max_tokens: int = 1024,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         session: Session | None = None,
