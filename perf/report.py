@@ -1,20 +1,24 @@
 """Writes the Figures of the README from perf/results: `python -m perf.report`, or `--check` that they are up to date.
 
-Figures in the README come from here and never out of a hand.
+Figures in the README come from here and never out of a hand. Pictures are drawn where matplotlib is installed (the
+`plot` extra); the text has those that are there.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from perf import decode, quality, start
+from perf import busy, decode, growth, kernels, quality, start
 from perf.results import BUSY, read_all
 
 README = Path(__file__).parents[1] / "README.md"
+PLOTS = Path(__file__).parent / "plots"
+PICTURES = {"": "speeds", "-context": "cost over context", "-size": "cost over model size"}  # endings of their names
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 Result = dict[str, Any]
 
@@ -23,7 +27,9 @@ def figures(measured: dict[str, Result]) -> str:
     """The text between the markers, from all results; a kind of result without a section is an error."""
     sections = []
     for kind, section in _SECTIONS.items():
-        sections += [section(result) for result in measured.values() if result["kind"] == kind]
+        for name, result in measured.items():
+            if result["kind"] == kind:
+                sections += [section(result), *_pictures(name)]
     unknown = {result["kind"] for result in measured.values()} - set(_SECTIONS)
     if unknown:
         raise ValueError(f"no section for results of kind {', '.join(sorted(unknown))}")
@@ -85,8 +91,46 @@ def _agree(result: Result) -> str:
     return _section(f"Agreement with llama.cpp, {result['model']}", about, result=result)
 
 
+def _kernels(result: Result) -> str:
+    about = (
+        f"Dot products (gather_dot) and scaled sums (gather_axpy) of listed rows out of {result['megabytes']} MB of"
+        " them, by random lists that are new each time: GB/s over the bytes of the listed rows, and of a streaming read"
+        " in the same run. Of the formats and row lengths measured, the usual ones."
+    )
+    usual = result | {part: [r for r in result[part] if _is_usual(r)] for part in ("speeds", "full_lists")}
+    lists = "What listing every row costs, over the same loop without a list, with one thread:"
+    tables = kernels.density_table(usual), lists, kernels.list_table(usual)
+    return _section("Kernels", about, *tables, kernels.bandwidth_line(result), result=result)
+
+
+def _is_usual(row: dict[str, Any]) -> bool:
+    return row["weights"] in ("q4", "q8") and row["columns"] in (2048, 4096)
+
+
+def _growth(result: Result) -> str:
+    about = (
+        f"Milliseconds for each of {_plural(result['tokens'], 'token')} decoded at the end of a context; floor: the"
+        f" bytes that a token must read, over the bandwidth of streaming reads in the same run;"
+        f" {_plural(result['rounds'], 'round')}, medians (lowest..highest)."
+    )
+    line = growth.bandwidth_line(result)
+    return _section("Growth with context, threads and size", about, growth.growth_table(result), line, result=result)
+
+
+def _busy(result: Result) -> str:
+    about = (
+        f"Decoding with {_plural(result['threads'], 'thread')} on {result['machine']['cores']} cores while other"
+        " processes compute all the time; engines in turn, shares and ratios within each round."
+    )
+    tables = busy.busy_table(result), busy.ratio_table(result)
+    return _section(f"Beside busy processes, {result['model']}", about, *tables, result=result)
+
+
 _SECTIONS: dict[str, Callable[[Result], str]] = {
     "decode": _decode,
+    "growth": _growth,
+    "busy": _busy,
+    "kernels": _kernels,
     "quality": _quality,
     "start": _start,
     "agree": _agree,
@@ -96,6 +140,12 @@ _SECTIONS: dict[str, Callable[[Result], str]] = {
 def _section(title: str, *paragraphs: str, result: Result) -> str:
     parts = [part if part.startswith("|") else textwrap.fill(part, 118) for part in (*paragraphs, _where(result))]
     return "\n\n".join([f"### {title}", *parts])
+
+
+def _pictures(name: str) -> list[str]:
+    """The pictures of a result, as far as they have been drawn."""
+    found = {PLOTS / f"{name}{ending}.png": about for ending, about in PICTURES.items()}
+    return [f"![{name}: {about}](perf/plots/{path.name})" for path, about in found.items() if path.exists()]
 
 
 def _where(result: Result) -> str:
@@ -122,8 +172,14 @@ def main(argv: list[str] | None = None) -> None:
         if not is_current():
             raise SystemExit("the README's figures are not those of perf/results: run python -m perf.report")
         return
-    text = README.read_text(encoding="utf-8")
-    README.write_text(rewritten(text, figures(read_all())), encoding="utf-8")
+    measured = read_all()
+    try:
+        from perf import plots
+    except ImportError:
+        print("no pictures: matplotlib is not installed (pip install '.[plot]')", file=sys.stderr)
+    else:
+        plots.draw(measured, PLOTS)
+    README.write_text(rewritten(README.read_text(encoding="utf-8"), figures(measured)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,177 @@
+"""Pictures of the results, `perf/plots/NAME.png`: drawn by `python -m perf.report` where matplotlib is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+Result = dict[str, Any]
+
+_COLORS = ("#0b6e99", "#c8553d", "#588157", "#8a5a9e", "#b08900", "#5c677d")  # apart for colour-blind eyes too
+_STYLE = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "figure.dpi": 110,
+}
+
+
+def draw(measured: dict[str, Result], directory: Path) -> list[Path]:
+    """Every picture of all results; pictures of results that are gone are removed."""
+    directory.mkdir(exist_ok=True)
+    written = []
+    with plt.rc_context(_STYLE):
+        for name, result in measured.items():
+            for ending, picture in _PICTURES.get(result["kind"], {}).items():
+                figure = picture(result)
+                if figure is not None:
+                    path = directory / f"{name}{ending}.png"
+                    # Without the version of matplotlib, so that the same results give the same file.
+                    figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
+                    plt.close(figure)
+                    written.append(path)
+    for path in set(directory.glob("*.png")) - set(written):
+        path.unlink()
+    return written
+
+
+def _decode(result: Result) -> Figure:
+    """Bars of tokens/s, the engines from top to bottom, one colour for each number of threads."""
+    names = list(dict.fromkeys(c["name"] for c in result["contenders"]))
+    threads = sorted({c["threads"] for c in result["contenders"]})
+    figure, axes = plt.subplots(figsize=(6, 0.6 + 0.42 * len(names)))
+    height = 0.8 / len(threads)
+    for number, count in enumerate(threads):
+        chosen = [c for c in result["contenders"] if c["threads"] == count]
+        speeds = [c["decode_tokens_per_second"] for c in chosen]
+        medians = [s["median"] for s in speeds]
+        reach = [[s["median"] - s["min"] for s in speeds], [s["max"] - s["median"] for s in speeds]]
+        at = [names.index(c["name"]) + height * number for c in chosen]
+        bars = axes.barh(at, medians, height, color=_COLORS[number], label=_threads(count))
+        axes.errorbar(medians, at, xerr=reach, fmt="none", ecolor="#333333", elinewidth=0.8)
+        axes.bar_label(bars, [f"{m:.0f}" for m in medians], label_type="center", color="white", fontsize=7)
+    axes.set_yticks([i + height * (len(threads) - 1) / 2 for i in range(len(names))], names)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"decode, tokens/s ({result['model']})")
+    axes.legend()
+    return figure
+
+
+def _context(result: Result) -> Figure | None:
+    """Milliseconds per token over the context, one panel for each model, floors dashed."""
+    models = [m for m in _models(result) if len({p["context"] for p in _points(result, model=m)}) > 1]
+    if not models:
+        return None
+    figure, panels = plt.subplots(1, len(models), figsize=(3.4 * len(models), 3), squeeze=False)
+    for axes, model in zip(panels[0], models, strict=True):
+        _curves(axes, _points(result, model=model), "context")
+        axes.set_xscale("log", base=2)
+        _ticks(axes.xaxis, {p["context"]: f"{p['context']}" for p in _points(result, model=model)})
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("context, tokens")
+        axes.set_title(model.split(",")[0], fontsize=8)
+    panels[0][0].set_ylabel("ms per token")
+    panels[0][0].legend()
+    return figure
+
+
+def _sizes(result: Result) -> Figure | None:
+    """Milliseconds per token over the number of parameters, floors dashed, at the shortest context."""
+    shortest = min(p["context"] for p in result["points"])
+    points = sorted(_points(result, context=shortest), key=lambda p: p["parameters"])
+    if len({p["parameters"] for p in points}) < 2:
+        return None
+    figure, axes = plt.subplots(figsize=(4.6, 3.2))
+    _curves(axes, points, "parameters")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _ticks(axes.xaxis, {p["parameters"]: f"{p['parameters'] / 1e9:.2g}" for p in points})
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    real = ", ".join(dict.fromkeys(p["model"] for p in points if "random weights" not in p["model"]))
+    axes.set_xlabel(f"billions of parameters (random weights but for {real or 'none'}; context of {shortest} tokens)")
+    axes.set_ylabel("ms per token")
+    axes.legend()
+    return figure
+
+
+def _densities(result: Result) -> Figure:
+    """The share of a streaming read over density; one panel for each kernel, one colour for each format."""
+    bandwidth = {s["threads"]: s["gb_per_second"]["median"] for s in result["bandwidth"]}
+    threads = max(bandwidth)
+    chosen = [s for s in result["speeds"] if s["threads"] == threads]
+    kernels, formats = (list(dict.fromkeys(s[key] for s in chosen)) for key in ("kernel", "weights"))
+    columns = sorted({s["columns"] for s in chosen})[-2:]
+    figure, panels = plt.subplots(1, len(kernels), figsize=(3.4 * len(kernels), 3), sharey=True, squeeze=False)
+    for axes, kernel in zip(panels[0], kernels, strict=True):
+        for color, weights in zip(_COLORS, formats, strict=False):
+            for count, line in zip(reversed(columns), ("-", ":"), strict=False):
+                curve = [s for s in chosen if (s["kernel"], s["weights"], s["columns"]) == (kernel, weights, count)]
+                shares = [s["gb_per_second"]["median"] / bandwidth[threads] for s in curve]
+                label = f"{weights}, {count} columns"
+                axes.plot([s["density"] for s in curve], shares, line, marker=".", color=color, label=label)
+        axes.set_xscale("log")
+        _ticks(axes.xaxis, {d: f"{d:g}" for d in result["densities"]})
+        axes.axhline(1, color="#333333", linewidth=0.8)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("density (share of rows listed)")
+        axes.set_title(f"{kernel}, {_threads(threads)}", fontsize=8)
+    panels[0][0].set_ylabel("GB/s over a streaming read's")
+    panels[0][-1].legend(fontsize=6)
+    return figure
+
+
+_PICTURES: dict[str, dict[str, Callable[[Result], Figure | None]]] = {
+    "decode": {"": _decode},
+    "growth": {"-context": _context, "-size": _sizes},
+    "kernels": {"": _densities},
+}
+
+
+def _curves(axes: Axes, points: list[Result], over: str) -> None:
+    """Cost and floor for each number format and number of threads."""
+    kinds = sorted({(p["weights"], p["threads"]) for p in points})
+    for color, (weights, threads) in zip(_COLORS, kinds, strict=False):
+        curve = [p for p in points if (p["weights"], p["threads"]) == (weights, threads)]
+        at = [p[over] for p in curve]
+        costs = [p["milliseconds_per_token"] for p in curve]
+        axes.plot(
+            at, [c["median"] for c in costs], marker="o", ms=3, color=color, label=f"{weights}, {_threads(threads)}"
+        )
+        axes.fill_between(
+            at, [c["min"] for c in costs], [c["max"] for c in costs], color=color, alpha=0.15, linewidth=0
+        )
+        axes.plot(at, [p["floor_milliseconds"] for p in curve], "--", color=color, linewidth=1, label="its floor")
+
+
+def _ticks(axis: Axis, labels: dict[float, str]) -> None:
+    """Ticks at what was measured, and nowhere else."""
+    axis.set_minor_locator(NullLocator())
+    axis.set_ticks(list(labels), list(labels.values()))
+
+
+def _models(result: Result) -> list[str]:
+    return list(dict.fromkeys(p["model"] for p in result["points"]))
+
+
+def _points(result: Result, **wanted: Any) -> list[Result]:
+    return [p for p in result["points"] if all(p[key] == value for key, value in wanted.items())]
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" + ("s" if count != 1 else "")

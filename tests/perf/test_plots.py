@@ -1,0 +1,55 @@
+"""Pictures of results."""
+
+from __future__ import annotations
+
+import pytest
+
+from perf import report
+
+plots = pytest.importorskip("perf.plots", exc_type=ImportError)
+
+SPREAD = {"median": 2.0, "min": 1.0, "max": 3.0}
+
+
+def _point(model: str, parameters: int, context: int) -> dict:
+    return {"model": model, "parameters": parameters, "context": context, "weights": "q4", "threads": 1,
+            "milliseconds_per_token": SPREAD, "floor_milliseconds": 1.5}  # fmt: skip
+
+
+MEASURED = {
+    "speed": {
+        "kind": "decode",
+        "model": "m",
+        "contenders": [{"name": "fewfire:q4", "threads": t, "decode_tokens_per_second": SPREAD} for t in (1, 2)],
+    },
+    "grown": {
+        "kind": "growth",
+        "points": [_point("a", 10**8, 128), _point("a", 10**8, 256), _point("b shape, random weights", 10**9, 128)],
+    },
+    "flat": {"kind": "growth", "points": [_point("a", 10**8, 128)]},
+    "rows": {
+        "kind": "kernels",
+        "densities": [1.0, 0.1],
+        "bandwidth": [{"threads": 1, "gb_per_second": SPREAD}],
+        "speeds": [
+            {"kernel": "gather_dot", "weights": "q4", "columns": c, "threads": 1, "density": d, "gb_per_second": SPREAD}
+            for c in (2048, 4096)
+            for d in (1.0, 0.1)
+        ],
+    },
+    "other": {"kind": "quality"},
+}
+
+
+def test_pictures_are_drawn_and_old_ones_go(tmp_path, monkeypatch):
+    (tmp_path / "gone.png").write_bytes(b"")
+    written = plots.draw(MEASURED, tmp_path)
+    names = {"speed.png", "grown-context.png", "grown-size.png", "rows.png"}
+    assert {path.name for path in written} == {path.name for path in tmp_path.iterdir()} == names
+    assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 100_000 for path in written)
+    before = {path.name: path.read_bytes() for path in written}
+    plots.draw(MEASURED, tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}  # the same results, the same files
+    monkeypatch.setattr(report, "PLOTS", tmp_path)
+    assert [line.split("/")[-1] for line in report._pictures("grown")] == ["grown-context.png)", "grown-size.png)"]
+    assert report._pictures("other") == []
