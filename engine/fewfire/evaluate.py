@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,11 +16,12 @@ import numpy as np
 
 from fewfire.errors import FewfireError
 from fewfire.generate import check_unicode
+from fewfire.progress import Progress
 
 if TYPE_CHECKING:
-    from fewfire.model import Model, Session
+    from fewfire.model import Model
+    from fewfire.session import Session
 
-Progress = Callable[[str, int, int], None]
 _LOGITS_AT_ONCE = 2**24  # 64 MB of float32
 
 

@@ -22,7 +22,8 @@ from fewfire.sampling import Sampler, Sampling
 from fewfire.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
-    from fewfire.model import Model, Session
+    from fewfire.model import Model
+    from fewfire.session import Session
 
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 

@@ -2,7 +2,8 @@
 
 `fewfire.json` describes it, `weights.safetensors` holds the arrays that `arrays` lists, each beginning on a page,
 `tokenizer.json` and `chat_template.jinja` come from the checkpoint. Opening one checks the description against its own
-digest and against the file's header and size, so a damaged model is refused before the first token.
+digest and against the file's header and size, so a truncated or mismatched model is refused before the first token; the
+weights themselves have no checksum, which would read them all.
 """
 
 from __future__ import annotations
