@@ -1,15 +1,20 @@
 """How kernels are compiled, and where the machine code is kept.
 
 Numba checks only the file of the outermost function when it looks into its on-disk cache, so an edit of a callee in
-another file would leave stale machine code. Our cache directory therefore carries a hash of every kernel source, of the
-versions involved and of the vector level; Numba adds the CPU and its features itself.
+another file would leave stale machine code. Our cache directory therefore carries a hash of every kernel source, of
+where they lie, of the versions involved and of the vector level; Numba adds the CPU and its features itself.
 """
 
+import atexit
+import contextlib
 import hashlib
 import os
+import shutil
+import sys
 import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +27,9 @@ from fewfire.kernels.level import LEVEL
 
 
 def _kernel_cache_dir() -> Path:
-    digest = hashlib.sha256(f"{numba.__version__} {LEVEL}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    digest = hashlib.sha256(f"{numba.__version__} {sys.implementation.cache_tag} {LEVEL} {here}".encode())
+    for source in sorted(here.glob("*.py")):
         digest.update(source.read_bytes())
     return cache_dir() / "kernels" / digest.hexdigest()[:16]
 
@@ -39,6 +45,20 @@ def _writable(directory: Path) -> bool:
 CACHE_DIR = _kernel_cache_dir()
 if not _writable(CACHE_DIR):  # a read-only home compiles anew in every process, but it runs
     CACHE_DIR = Path(tempfile.mkdtemp(prefix="fewfire-kernels-"))
+    atexit.register(shutil.rmtree, CACHE_DIR, ignore_errors=True)
+
+# Where Numba is to keep machine code is a setting of the whole process, read when a compiler is made. It is ours only
+# while this lock is held.
+_LOCK = threading.RLock()
+_KEPT_DAYS = 30  # machine code of other versions, since it was last written
+
+
+def _prune() -> None:
+    """Removes the machine code of versions that have not compiled anything for a while."""
+    for directory in CACHE_DIR.parent.glob("*"):
+        with contextlib.suppress(OSError):
+            if directory != CACHE_DIR and time.time() - directory.stat().st_mtime > 86400 * _KEPT_DAYS:
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 _OPTIONS = {"error_model": "numpy", "boundscheck": False}
@@ -56,35 +76,44 @@ class Compiled:
         self.__doc__ = function.__doc__
         self.__name__ = function.__name__
         self._function, self._signature = function, types.void(*arguments)
-        self._lock = threading.Lock()
         self._made: Any = None
 
     @property
     def cached(self) -> bool:
         """Whether an earlier process has left the machine code on disk."""
-        return any(CACHE_DIR.rglob(f"*.{self.__name__}-*.nbi"))
+        return any(self._files())
+
+    def _files(self) -> Iterator[Path]:
+        return CACHE_DIR.rglob(f"*.{self.__name__}-*.nb[ci]")
 
     def compile(self) -> Any:
         """What Numba makes of the function; compiles it if need be."""
-        with self._lock:
+        with _LOCK:
             if self._made is None:
+                if not self.cached:
+                    _prune()
                 previous = numba.config.CACHE_DIR
                 numba.config.CACHE_DIR = str(CACHE_DIR)  # read when a compiler is made, so the setting stays ours alone
                 try:
-                    self._made = self._compile()
+                    self._made = self._compile(cache=True)
+                except Exception:  # the disk is full, or what is on it is damaged: the next process tries again
+                    for file in list(self._files()):
+                        with contextlib.suppress(OSError):
+                            file.unlink()
+                    self._made = self._compile(cache=False)
                 finally:
                     numba.config.CACHE_DIR = previous
         return self._made
 
-    def _compile(self) -> Any:
+    def _compile(self, cache: bool) -> Any:
         raise NotImplementedError
 
 
 class Kernel(Compiled):
     """A compiled function that Python calls; it releases the GIL."""
 
-    def _compile(self) -> Any:
-        return numba.njit(self._signature, nogil=True, cache=True, **_OPTIONS)(self._function)
+    def _compile(self, cache: bool) -> Any:
+        return numba.njit(self._signature, nogil=True, cache=cache, **_OPTIONS)(self._function)
 
     def __call__(self, *arguments: Any) -> None:
         (self._made or self.compile())(*arguments)
@@ -98,8 +127,8 @@ class Primitive(Compiled):
     know only addresses: they are the same machine code for every format.
     """
 
-    def _compile(self) -> Any:
-        return numba.cfunc(self._signature, cache=True, **_OPTIONS)(self._function)
+    def _compile(self, cache: bool) -> Any:
+        return numba.cfunc(self._signature, cache=cache, **_OPTIONS)(self._function)
 
     @property
     def address(self) -> int:
