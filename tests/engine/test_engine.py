@@ -13,6 +13,7 @@ import oracle
 from fewfire import packed
 from fewfire.checkpoint import open_checkpoint
 from fewfire.engine import BATCH
+from fewfire.kernels.compile import Compiled
 from fewfire.model import Model
 from fewfire.pack import pack
 from fewfire.packed import open_packed
@@ -168,6 +169,18 @@ def test_a_shorter_prompt_after_a_longer_one(packed_path: PackedPath) -> None:
     fresh = [logits(model_of(packed_path("gemma3", "f32")), prompt(n, seed=n), n) for n in (3, 64, 62, 5)]
     for n, expected in zip((3, 64, 62, 5), fresh, strict=True):
         np.testing.assert_array_equal(logits(model, prompt(n, seed=n), n), expected)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_says_when_it_compiles(cached: bool, packed_path: PackedPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(Compiled, "cached", property(lambda _: cached))
+    Model(open_packed(packed_path("llama", "q4")), 1, progress=lambda *call: calls.append(call))
+    if cached:
+        assert calls == []
+    else:
+        assert {stage for stage, _, _ in calls} == {"compiling kernels for this CPU (only once)"}
+        assert [done for _, done, _ in calls] == list(range(calls[0][2]))
 
 
 # --- the real model ---------------------------------------------------------------------------------------------------
