@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -99,22 +101,51 @@ def test_memory_is_kept_for_late_workers_and_then_let_go() -> None:
     eventually(lambda: alive() is None)
 
 
-def test_an_interruption_before_the_callers_part_still_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the workers would be in the middle of their phases when the next call begins."""
-    calls, team = [], Team(2)
+@pytest.mark.parametrize("where", ["put", "kernel"])
+def test_an_interrupted_call_is_finished_by_the_next(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the workers would be in the middle of its phases when that begins."""
+    calls, team = [], Team(1)
 
-    def kernel(state: State, phase: int, thread: int) -> None:
-        calls.append(thread)
+    def kernel(state: State, phase: int, thread: int, call: int) -> None:
+        calls.append(call)
+        if call == 1 and where == "kernel" and calls.count(1) == 1:
+            raise KeyboardInterrupt
 
     class Interrupted:
         def put(self, job: object) -> None:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(team, "_queues", [Interrupted()])
+        if where == "put":
+            patch.setattr(team, "_queues", [Interrupted()])
         with pytest.raises(KeyboardInterrupt):
-            team.run(kernel)
-    assert calls == [0]
+            team.run(kernel, 1)
+    team.run(kernel, 2)
+    assert calls == ([1, 2] if where == "put" else [1, 1, 2])
+    team.run(kernel, 3)
+    assert calls[-1] == 3
+    assert calls.count(1) <= 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_gets_workers_of_its_own() -> None:
+    code = """
+import os, threading, time
+from fewfire.team import Team
+seen, team = set(), Team(2)
+def kernel(state, phase, thread):
+    seen.add(thread)
+team.run(kernel)
+if pid := os.fork():
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+seen.clear()
+team.run(kernel)
+while seen != {0, 1}:
+    time.sleep(0.01)
+os._exit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    assert done.returncode == 7
 
 
 def test_default_threads() -> None:

@@ -6,19 +6,29 @@
 import os
 
 import llvmlite.binding as llvm
+import numba
 
 LEVELS = ("vnni", "avx2", "neon", "plain")
 
 
+def _features() -> set[str]:
+    """What Numba compiles for: the features of this CPU, unless its own settings say otherwise."""
+    if numba.config.CPU_FEATURES is not None:
+        return {name[1:] for name in numba.config.CPU_FEATURES.split(",") if name.startswith("+")}
+    if numba.config.CPU_NAME == "generic":
+        return set()
+    return {name for name, present in llvm.get_host_cpu_features().items() if present}
+
+
 def available() -> tuple[str, ...]:
     """The levels that this CPU can run, best first; "plain" is always among them."""
-    features = llvm.get_host_cpu_features()
+    features = _features()
     levels = []
-    if features.get("avxvnni") or (features.get("avx512vnni") and features.get("avx512vl")):
-        levels.append("vnni")
-    if features.get("avx2") and features.get("fma"):
+    if {"avx2", "fma", "f16c"} <= features:
+        if "avxvnni" in features or {"avx512vnni", "avx512vl"} <= features:
+            levels.append("vnni")
         levels.append("avx2")
-    if features.get("dotprod") and "aarch64" in llvm.get_process_triple():
+    if "dotprod" in features and "aarch64" in llvm.get_process_triple():
         levels.append("neon")
     return (*levels, "plain")
 

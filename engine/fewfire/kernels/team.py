@@ -10,9 +10,12 @@ The shared state is one int64 array. `TICKET` holds `phase << 20 | chunks taken`
 thread's compare-and-swap cannot take a chunk of another phase. `DONE` counts the finished chunks of the open phase.
 """
 
+import platform
+import sys
+
 import numpy as np
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 
 from fewfire.kernels.compile import inline
 from fewfire.kernels.simd import instruction
@@ -20,7 +23,8 @@ from fewfire.kernels.simd import instruction
 TICKET, DONE, SIZE = 0, 16, 32  # in int64: each word has cache lines of its own
 _SHIFT = 20
 _MASK = (1 << _SHIFT) - 1
-_SPINS = 2000  # some 20 us of polling before the core is offered to others
+_NOTHING = ir.FunctionType(ir.VoidType(), [])
+_SPINS = 1000  # some 20 us of polling before the core is offered to others
 
 
 def new_team() -> np.ndarray:
@@ -61,12 +65,20 @@ def _swap_if_equal(builder, address, expected, value):
 @instruction(types.void)
 def _yield_core(builder):
     """Offers the core to another thread of the system."""
-    import sys
-
-    from numba.core import cgutils
-
     name, result = ("SwitchToThread", ir.IntType(32)) if sys.platform == "win32" else ("sched_yield", ir.IntType(32))
     builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, []), name), [])
+
+
+@instruction(types.void)
+def _pause(builder):
+    """Lets the other thread of an SMT core run while this one polls."""
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        builder.call(cgutils.get_or_insert_function(builder.module, _NOTHING, "llvm.x86.sse2.pause"), [])
+    elif machine in ("arm64", "aarch64"):
+        hint = ir.FunctionType(ir.VoidType(), [ir.IntType(32)])
+        yield_hint = ir.Constant(ir.IntType(32), 1)
+        builder.call(cgutils.get_or_insert_function(builder.module, hint, "llvm.aarch64.hint"), [yield_hint])
 
 
 @inline
@@ -101,6 +113,7 @@ def wait(team, phase):
     spins = 0
     while _load(address) >> _SHIFT == phase:
         spins += 1
+        _pause()
         if spins > _SPINS:
             _yield_core()
     return phase + 1
