@@ -146,7 +146,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of `to_dict`. Raises `TypeError` on unknown or missing fields."""
+        """The inverse of `to_dict`. Raises `TypeError` on unknown or missing fields, `ValueError` as `check`."""
         fields = dict(data)
         for key in ("rope", "rope_local"):
             if fields.get(key) is not None:
@@ -155,4 +155,21 @@ class ModelConfig:
                 fields[key] = Rope(**rope)
         for key in ("sliding_layers", "eos_token_ids"):
             fields[key] = tuple(fields.get(key, ()))
-        return cls(**fields)
+        config = cls(**fields)
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Raises `ValueError` for sizes that no model has: kernels rely on them."""
+        sizes = (
+            self.vocab_size, self.hidden_size, self.intermediate_size, self.num_hidden_layers,
+            self.num_attention_heads, self.num_key_value_heads, self.head_dim, self.max_position_embeddings,
+        )  # fmt: skip
+        if not all(isinstance(size, int) and 0 < size < 1 << 31 for size in sizes):
+            raise ValueError("a size is not a positive whole number")
+        if self.num_attention_heads % self.num_key_value_heads or (self.rope and self.head_dim % 2):
+            raise ValueError("the heads do not divide")
+        if self.sliding_layers and len(self.sliding_layers) != self.num_hidden_layers:
+            raise ValueError("sliding_layers is not one per layer")
+        if self.hidden_act not in ACTIVATIONS or self.norm not in ("rms", "layer") or self.sliding_window < 0:
+            raise ValueError("an activation, norm or window is unknown")

@@ -6,10 +6,13 @@ a temporary name next to the target and renamed at the end, so a packed model is
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import glob
 import os
+import secrets
 import shutil
-import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -39,18 +42,31 @@ def pack(source: Path, out: Path, weights: str = "q4", progress: Progress = sile
     checkpoint = open_checkpoint(source)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        _sweep(out)
+        temporary = out.parent / f".{out.name}.{secrets.token_hex(8)}"
+        temporary.mkdir()
     except OSError as error:
         raise FewfireError(f"cannot write to {out.parent} ({error.strerror})") from None
     try:
         _write(checkpoint, temporary, weights, progress, name or model_name(source))
-        temporary.chmod(0o755)
         os.replace(temporary, out)
     except OSError as error:
         raise FewfireError(f"cannot write the packed model to {out} ({error.strerror})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
+
+
+_STALE = 3600  # seconds since the last write of a pack that nobody is at work on any more
+
+
+def _sweep(out: Path) -> None:
+    """Removes what packs of this target that were killed have left."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*"):
+        with contextlib.suppress(OSError):  # another process may remove it meanwhile
+            written = max(file.stat().st_mtime for file in (left, *left.glob("*")))
+            if left.is_dir() and time.time() - written > _STALE:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def model_name(source: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -294,3 +295,14 @@ def test_fingerprint(tmp_path: Path) -> None:
     assert len(first) == 16
     edit_json(tmp_path / "tokenizer_config.json", chat_template="other")
     assert fingerprint(tmp_path) != first
+
+
+def test_fingerprint_of_models_that_differ_in_weights_alone(tmp_path: Path) -> None:
+    """As two fine-tuned models do in an image whose files all have one time."""
+    found = set()
+    for seed in (1, 2):
+        path = write_tiny("llama", tmp_path / str(seed) / "model", seed=seed)
+        for file in path.iterdir():
+            os.utime(file, (0, 0))
+        found.add(fingerprint(path))
+    assert len(found) == 2

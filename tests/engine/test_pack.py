@@ -299,3 +299,16 @@ def test_memory(weights: str, large: Path, tmp_path: Path, tiny_path: Callable[[
     print(f"layer {layer >> 20} MB, peak {most >> 20} MB, of a tiny model {least >> 20} MB")
     assert most - least < 4 * layer
     assert most < 4 * layer + 300_000_000
+
+
+def test_what_a_killed_pack_left_is_swept_away(tiny_path: Callable[[str], Path], tmp_path: Path) -> None:
+    """Once it is old: a pack that is still at work writes all the time."""
+    old, new = tmp_path / ".out.aa", tmp_path / ".out.bb"
+    for left in (old, new):
+        left.mkdir()
+        (left / "weights.safetensors").write_bytes(b"half")
+    for file in (old / "weights.safetensors", old):
+        os.utime(file, (0, 0))
+    pack(tiny_path("llama"), tmp_path / "out", "q8")
+    assert not old.exists()
+    assert new.exists()
