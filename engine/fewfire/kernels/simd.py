@@ -1,9 +1,9 @@
-"""Vectors of 256 bits as Numba values: `i8x32`, `i32x8`, `f32x8` and the few instructions that the kernels need.
+"""Vectors of 256 bits as Numba values (`i8x32`, `i16x16`, `i32x8`, `f32x8`) and the few instructions that kernels need.
 
-Everything is target-independent LLVM IR, which any CPU can run, apart from the integer dot products: these have one
-definition per level of `level.py`. `plain` spells out what the others must compute, lane for lane. What differs between
-levels takes the level as an argument (`emit_...`), so that tests can compile it for CPUs that they do not run on.
-Addresses are plain integers (`array.ctypes.data` plus bytes); nothing here checks bounds.
+Everything is target-independent LLVM IR, which any CPU can run, apart from reading float16 and the integer dot
+products: these have one definition per level of `level.py`. `plain` spells out what the others must compute, lane for
+lane. What differs between levels takes the level as an argument (`emit_...`), so that tests can compile it for CPUs
+that they do not run on. Addresses are plain integers (`array.ctypes.data` plus bytes); nothing here checks bounds.
 """
 
 from collections.abc import Callable
@@ -215,12 +215,6 @@ def copy_8_bytes(builder, target, source):
     builder.store(_load(builder, source, _I64), builder.inttoptr(target, _I64.as_pointer()), align=1)
 
 
-@instruction(types.void, types.intp, i32x8)
-def store_i32x8(builder, address, value):
-    """8 int32 at any alignment."""
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
-
-
 @instruction(f32x8, types.intp)
 def load_i8x8_as_f32(builder, address):
     """8 signed bytes, widened to float."""
@@ -396,7 +390,7 @@ def sum_lanes(builder, value):
     return builder.extract_element(value, ir.Constant(_I32, 0))
 
 
-# --- integer dot products: the only place where levels differ -------------------------------------------------------
+# --- integer dot products -------------------------------------------------------
 
 
 def _reshape_add(builder: ir.IRBuilder, products: ir.Value) -> ir.Value:
