@@ -42,9 +42,11 @@ class Point:
     def decode(self, tokens: int) -> float:
         """Decodes greedily up to the context's end; seconds per token. The cache holds what came before."""
         engine, token = self.engine.model.engine, 0
+        logits = np.empty(engine.config.vocab_size, np.float32)
         start = time.perf_counter()
         for position in range(self.context - tokens, self.context):
-            token = int(engine.decode(token, position, self.cache).argmax())
+            engine.decode(token, position, self.cache, logits)
+            token = int(logits.argmax())
         return (time.perf_counter() - start) / tokens
 
     def summary(self, tokens: int, streams: machine.Streams) -> dict[str, Any]:
@@ -91,9 +93,10 @@ def filled(contender: Fewfire, context: int, label: str) -> KVCache:
     """Keys and values of random tokens."""
     engine, vocab = contender.model.engine, contender.model.config.vocab_size
     cache, ids = engine.new_cache(context), np.random.default_rng(0).integers(0, vocab, context)
+    logits = np.empty((1, vocab), np.float32)
     for start in range(0, context, BATCH):
         say(f"{label}: reading {start} of {context} tokens")
-        engine.prefill(ids[start : start + BATCH].tolist(), start, cache, False)
+        engine.prefill(ids[start : start + BATCH].tolist(), start, cache, logits)
     return cache
 
 

@@ -93,16 +93,26 @@ class Terminal:
         """Waits until `text` appears after what was waited for last; returns what came before it."""
         end = time.monotonic() + timeout
         while (at := self.screen.find(text, self._seen)) < 0:
-            ready, _, _ = select.select([self.fd], [], [], max(0.0, end - time.monotonic()))
-            try:
-                data = os.read(self.fd, 65536) if ready else b""
-            except OSError:  # the program has ended
-                data = b""
-            assert data, f"{text!r} did not appear in {self.screen[self._seen :]!r}"
-            self.screen += data.decode(errors="replace")
+            assert self._read(end), f"{text!r} did not appear in {self.screen[self._seen :]!r}"
         before = self.screen[self._seen : at]
         self._seen = at + len(text)
         return before
+
+    def wait_for_anything(self, timeout: float = 60) -> None:
+        """Waits until anything appears after what was waited for last."""
+        end = time.monotonic() + timeout
+        while len(self.screen) == self._seen:
+            assert self._read(end), "nothing appeared"
+
+    def _read(self, end: float) -> bool:
+        """Takes what the program has written, waiting for it until `end`; whether there was anything."""
+        ready, _, _ = select.select([self.fd], [], [], max(0.0, end - time.monotonic()))
+        try:
+            data = os.read(self.fd, 65536) if ready else b""
+        except OSError:  # the program has ended
+            return False
+        self.screen += data.decode(errors="replace")
+        return bool(data)
 
     def ends(self, timeout: float = 30) -> int:
         """Waits for the program to end; returns its exit code."""

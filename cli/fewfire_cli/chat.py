@@ -22,7 +22,6 @@ from fewfire_cli.text import stdin_lines
 @click.option("--max-tokens", default=1024, show_default=True, help="Longest answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End an answer before this text (repeatable).")
 @click.option("--stats", is_flag=True, help="Tokens per second after each answer, on stderr.")
-@terminal.color_option
 def chat(model: str, system: str | None, max_tokens: int, stop: tuple[str, ...], stats: bool, **rest: Any) -> None:
     """Talks with MODEL. In the chat, /help lists the commands.
 

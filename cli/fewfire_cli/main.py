@@ -47,7 +47,7 @@ def cli() -> None:
 
 
 for command in (chat, generate, info, bench, eval_command, pack, models, completions):
-    cli.add_command(command)
+    cli.add_command(terminal.color_option(command))
 
 
 def main(args: list[str] | None = None) -> NoReturn:

@@ -6,6 +6,7 @@ import json
 
 import click
 
+from fewfire_cli import terminal
 from fewfire_cli.human import size
 
 
@@ -43,6 +44,7 @@ def models(ctx: click.Context, as_json: bool) -> None:
 
 @models.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@terminal.color_option
 def remove(names: tuple[str, ...]) -> None:
     """Removes models by the names that `fewfire models` shows.
 

@@ -19,7 +19,7 @@ import jinja2.parser
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from fewfire.errors import CheckpointError
+from fewfire.errors import CheckpointError, one_line
 from fewfire.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
@@ -35,10 +35,10 @@ class ChatTemplate:
             self._template = _environment().from_string(template)
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(
-                f"the chat template is broken in line {error.lineno} ({_line(error)}): {_REMEDY}"
+                f"the chat template is broken in line {error.lineno} ({one_line(error)}): {_REMEDY}"
             ) from error
         except Exception as error:  # RecursionError on absurd nesting, constants folded at compile time
-            raise CheckpointError(f"the chat template cannot be compiled ({_line(error)}): {_REMEDY}") from error
+            raise CheckpointError(f"the chat template cannot be compiled ({one_line(error)}): {_REMEDY}") from error
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt as text. Raises `ValueError` for messages that the template refuses."""
@@ -66,9 +66,9 @@ class ChatTemplate:
                 documents=None,
             )
         except _RefusedError as error:
-            raise ValueError(f"the model's chat template refuses these messages: {_line(error)}") from error
+            raise ValueError(f"the model's chat template refuses these messages: {one_line(error)}") from error
         except Exception as error:  # the template is a program: anything can go wrong in it
-            raise CheckpointError(f"the chat template fails ({_line(error)}): {_REMEDY}") from error
+            raise CheckpointError(f"the chat template fails ({one_line(error)}): {_REMEDY}") from error
 
 
 def required(template: ChatTemplate | None) -> ChatTemplate:
@@ -149,7 +149,3 @@ def _tojson(
 ) -> str:
     """Plain JSON, where jinja2's own filter would escape it for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

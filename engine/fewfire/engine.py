@@ -74,9 +74,8 @@ class Engine:
         """An empty cache: float16, or float32 for f32 and bf16 weights."""
         return KVCache(self.config.num_hidden_layers, self.config.num_key_value_heads, capacity, self._cell)
 
-    def decode(self, token: int, position: int, cache: KVCache) -> np.ndarray:
-        """Logits `(vocab,)` float32 after one token at `position`, which is within the cache's capacity."""
-        logits = np.empty(self.config.vocab_size, np.float32)
+    def decode(self, token: int, position: int, cache: KVCache, logits: np.ndarray) -> None:
+        """Reads one token at `position`, within the cache's capacity; writes its logits, float32 and contiguous."""
         with self._lock:
             if self._work.positions < cache.capacity:
                 self._work = Workspace(self.config, self.threads, cache.capacity)
@@ -85,24 +84,28 @@ class Engine:
                 decode, self._model.record, self._layers.record, work.record, cache.record,
                 token, position, logits.ctypes.data, keep=(self, work, cache, logits),
             )  # fmt: skip
-        return logits
 
-    def prefill(self, tokens: Sequence[int], position: int, cache: KVCache, all_logits: bool) -> np.ndarray:
-        """Logits `(len(tokens) or 1, vocab)` after at most `BATCH` tokens from `position` on."""
+    def prefill(self, tokens: Sequence[int], position: int, cache: KVCache, logits: np.ndarray) -> None:
+        """Reads at most `BATCH` tokens from `position` on, within the cache's capacity.
+
+        Writes the logits of the last tokens, as many as `logits` has rows, `(1 or more, vocab)` float32 and contiguous.
+        """
         ids = np.asarray(tokens, np.int32)
         count = -(-ids.size // TOKENS) * TOKENS
-        rows = count if all_logits else TOKENS
-        logits = np.empty((rows, self.config.vocab_size), np.float32)
+        padding = count - ids.size
+        rows = -(-(len(logits) + padding) // TOKENS) * TOKENS
+        # The kernel's rows end with those of the padding.
+        out = logits if rows == len(logits) else np.empty((rows, self.config.vocab_size), np.float32)
         with self._lock:
             if self._batch.tokens != count or self._batch.positions < cache.capacity:
                 self._batch = Batch(self.config, self.threads, count, cache.capacity)
             batch = self._batch
             self._team.run(
                 prefill, self._model.record, self._layers.record, batch.record, cache.record,
-                ids, position, rows, logits.ctypes.data, keep=(self, batch, cache, logits),
+                ids, position, rows, out.ctypes.data, keep=(self, batch, cache, out),
             )  # fmt: skip
-        valid = logits[: rows - (count - ids.size)]
-        return valid if all_logits else valid[-1:]
+        if out is not logits:
+            logits[:] = out[rows - padding - len(logits) : rows - padding]
 
 
 _QUANTIZERS = {"q4": pointwise.quantize_q4, "q8": pointwise.quantize_q8}

@@ -87,19 +87,6 @@ def stream(
     return Stream(model, prompt_ids(model, prompt), max_tokens, sampling or Sampling(), stop, session)
 
 
-def complete(
-    model: Model,
-    prompt: str | Sequence[int],
-    *,
-    max_tokens: int = 256,
-    sampling: Sampling | None = None,
-    stop: str | Sequence[str] = (),
-    session: Session | None = None,
-) -> Completion:
-    """`stream`, read to its end."""
-    return stream(model, prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, session=session).read()
-
-
 def chat_stream(
     model: Model,
     messages: Sequence[Mapping[str, str]],

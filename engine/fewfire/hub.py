@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fewfire.errors import SourceError
+from fewfire.errors import SourceError, one_line
 from fewfire.progress import Progress, silent
 
 _WANTED = [
@@ -77,7 +77,7 @@ def download(repo: str, file: str | None, progress: Progress | None = None) -> P
         raise SourceError(_unreachable(repo, offline)) from error
     except Exception as error:  # whatever its HTTP library of the day raises
         raise SourceError(
-            f"cannot fetch {repo} from the hub: {_line(error)}; check the network and the free disk space, "
+            f"cannot fetch {repo} from the hub: {one_line(error)}; check the network and the free disk space, "
             "or pass a directory or .gguf file on this machine"
         ) from error
     found = snapshot if file is None else snapshot / file
@@ -159,7 +159,3 @@ def _bar(repo: str, progress: Progress) -> Any:
             self.disable = True  # so that the base class draws no last line
 
     return Bar
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

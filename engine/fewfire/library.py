@@ -15,6 +15,7 @@ from typing import Literal
 
 from fewfire.cache import cache_dir
 from fewfire.errors import SourceError
+from fewfire.packed import DESCRIPTION
 from fewfire.sources import ALIASES
 from fewfire.wheels import is_complete, sources_dir
 
@@ -79,7 +80,7 @@ def _source(path: Path) -> Cached:
 
 def _packed(path: Path) -> Cached:
     try:
-        about = json.loads((path / "fewfire.json").read_text(encoding="utf-8"))
+        about = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
         name, weights = about.get("name", path.name), about.get("weights", "")
         if isinstance(name, str) and isinstance(weights, str):
             return Cached(f"{name}:{weights}" if weights else name, "packed", path, _size(path))

@@ -101,7 +101,7 @@ class Model:
         stop: Sequence[str] = (),
         session: Session | None = None,
     ) -> Completion:
-        """Continues a prompt (text or token ids) and returns the whole answer. See `generate.complete`."""
+        """Continues a prompt (text or token ids) and returns the whole answer: `stream`, read to its end."""
         return self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, session=session).read()
 
     def stream(
@@ -147,7 +147,7 @@ def _tokenizer(packed: Packed) -> Tokenizer:
     path = packed.path / TOKENIZER
     if not path.is_file():
         raise CheckpointError(f"{packed.path}: {TOKENIZER} is missing; pack the model again")
-    return Tokenizer.from_file(path, packed.config.bos_token_id)
+    return Tokenizer.from_file(path)
 
 
 def _template(packed: Packed, tokenizer: Tokenizer) -> ChatTemplate | None:

@@ -58,48 +58,40 @@ class Sampler:
 
     def pick(self, logits: np.ndarray, history: Sequence[int] = ()) -> int:
         """The next token id, given `(vocab,)` logits and every token so far (prompt included)."""
-        logits = self._penalised(logits, history)
+        logits = penalised(logits, history, self.sampling.repetition_penalty)
         if self.sampling.greedy:
             best = int(np.argmax(logits))
             _check_finite(logits[best])
             return best
-        ids, probabilities = self._filtered(logits)
-        return int(ids[_draw(probabilities, self._rng.random())])
+        ids, weights = candidates(logits, self.sampling)
+        return int(ids[_draw(weights, self._rng.random())])
 
-    def distribution(self, logits: np.ndarray, history: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens that `pick` may return and their probabilities, which sum to 1."""
-        logits = self._penalised(logits, history)
-        if self.sampling.greedy:
-            return np.array([np.argmax(logits)]), np.ones(1)
-        ids, weights = self._filtered(logits)
-        weights = weights.astype(np.float64)
-        return ids, weights / weights.sum()
 
-    def _penalised(self, logits: np.ndarray, history: Sequence[int]) -> np.ndarray:
-        penalty = self.sampling.repetition_penalty
-        if penalty == 1.0 or not len(history):
-            return logits
-        seen = np.asarray(history, dtype=np.int64)  # repeats do no harm: each writes the same value
-        scores = logits[seen]
-        out = logits.copy()
-        out[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
-        return out
+def penalised(logits: np.ndarray, history: Sequence[int], penalty: float) -> np.ndarray:
+    """The logits after the repetition penalty: a copy, but the same array where it changes nothing."""
+    if penalty == 1.0 or not len(history):
+        return logits
+    seen = np.asarray(history, dtype=np.int64)  # repeats do no harm: each writes the same value
+    scores = logits[seen]
+    out = logits.copy()
+    out[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
+    return out
 
-    def _filtered(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids that pass every filter, and their probabilities up to a common factor."""
-        s = self.sampling
-        best = logits.max()
-        _check_finite(best)
-        ids = largest(logits, s.top_k) if 0 < s.top_k < len(logits) else np.arange(len(logits))
-        kept = logits[ids] if len(ids) < len(logits) else logits
-        weights = np.exp((kept - best) / np.float32(s.temperature))  # the best token's is 1
-        if s.top_p < 1.0:
-            at = _nucleus(weights, s.top_p)
-            ids, weights = ids[at], weights[at]
-        if s.min_p > 0.0:
-            at = np.flatnonzero(weights >= s.min_p)
-            ids, weights = ids[at], weights[at]
-        return ids, weights
+
+def candidates(logits: np.ndarray, s: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """Ids that pass every filter, and their probabilities up to a common factor. Not for greedy sampling."""
+    best = logits.max()
+    _check_finite(best)
+    ids = largest(logits, s.top_k) if 0 < s.top_k < len(logits) else np.arange(len(logits))
+    kept = logits[ids] if len(ids) < len(logits) else logits
+    weights = np.exp((kept - best) / np.float32(s.temperature))  # the best token's is 1
+    if s.top_p < 1.0:
+        at = _nucleus(weights, s.top_p)
+        ids, weights = ids[at], weights[at]
+    if s.min_p > 0.0:
+        at = np.flatnonzero(weights >= s.min_p)
+        ids, weights = ids[at], weights[at]
+    return ids, weights
 
 
 def largest(values: np.ndarray, k: int) -> np.ndarray:

@@ -39,17 +39,17 @@ class Session:
         if min(ids) < 0 or max(ids) >= vocab:
             raise ValueError(f"token ids must be from 0 to {vocab - 1}")
         self._reserve(len(self.tokens) + len(ids))
-        engine, parts = self.model.engine, []
+        engine = self.model.engine
+        logits = np.empty((len(ids) if all_logits else 1, vocab), np.float32)
         for start in range(0, len(ids), BATCH):
             part, position = [int(i) for i in ids[start : start + BATCH]], len(self.tokens)
+            rows = logits[start : start + BATCH] if all_logits else logits
             if len(part) == 1:
-                logits = engine.decode(part[0], position, self._cache)[None]
+                engine.decode(part[0], position, self._cache, rows[0])
             else:
-                logits = engine.prefill(part, position, self._cache, all_logits)
+                engine.prefill(part, position, self._cache, rows)
             self.tokens.extend(part)
-            if all_logits or start + BATCH >= len(ids):
-                parts.append(logits)
-        return np.concatenate(parts) if all_logits else parts[-1][-1]
+        return logits if all_logits else logits[0]
 
     def rewind(self, n: int) -> None:
         """Keeps the first `n` tokens and forgets the rest. Raises `ValueError` if there are fewer."""

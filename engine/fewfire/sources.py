@@ -11,10 +11,9 @@ from pathlib import Path
 
 from fewfire import hub, wheels
 from fewfire.errors import SourceError
+from fewfire.packed import DESCRIPTION
 from fewfire.progress import Progress
 from fewfire.wheels import WheelModel
-
-DEFAULT = "smollm2"
 
 ALIASES: dict[str, WheelModel] = {
     model.name: model
@@ -84,11 +83,11 @@ def _local(path: Path) -> Path:
 
 def _directory(path: Path) -> Path:
     names = set(os.listdir(path))
-    if names & {"fewfire.json", "config.json"}:
+    if names & {DESCRIPTION, "config.json"}:
         return path
     remedy = f"pass {_choices()}"
     if inside := sorted(name for name in names if name.endswith(".gguf")):
         remedy = f"pass the file itself: {path / inside[0]}"
     elif str(path) in ALIASES:
         remedy = "to use the alias of that name, run where no such directory is"
-    raise SourceError(f"{path} is a directory without config.json or fewfire.json, so not a model: {remedy}")
+    raise SourceError(f"{path} is a directory without config.json or {DESCRIPTION}, so not a model: {remedy}")

@@ -15,22 +15,21 @@ from pathlib import Path
 
 import tokenizers
 
-from fewfire.errors import CheckpointError
+from fewfire.errors import CheckpointError, one_line
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer:
-    """A tokenizer.json, with the id that begins a text where the model wants one."""
+    """A tokenizer.json."""
 
-    def __init__(self, inner: tokenizers.Tokenizer, bos_id: int | None = None) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
         inner.no_padding()
         inner.no_truncation()
         # The library now takes special tokens in a text for plain text. Where they are meant, `find_special`
         # matches them: switching this flag back and forth would not be safe with threads.
         inner.encode_special_tokens = True
         self._inner = inner
-        self.bos_id = bos_id
         added = inner.get_added_tokens_decoder()
         self._special = {token.content: (id_, token) for id_, token in added.items() if token.special}
         self._special_ids = frozenset(id_ for id_, _ in self._special.values())
@@ -41,18 +40,17 @@ class Tokenizer:
         self._byte_ids = frozenset(id_ for id_ in byte_tokens if id_ is not None)
 
     @classmethod
-    def from_json(cls, text: str, bos_id: int | None = None) -> Tokenizer:
+    def from_json(cls, text: str) -> Tokenizer:
         """From the contents of a tokenizer.json. Raises `CheckpointError` when they are not one."""
         try:
-            return cls(tokenizers.Tokenizer.from_str(text), bos_id)
+            return cls(tokenizers.Tokenizer.from_str(text))
         except Exception as error:  # the library raises bare Exception
-            reason = " ".join(str(error).split())[:200]
             raise CheckpointError(
-                f"the tokenizer cannot be read ({reason}): fetch the model's tokenizer.json again"
+                f"the tokenizer cannot be read ({one_line(error)}): fetch the model's tokenizer.json again"
             ) from error
 
     @classmethod
-    def from_file(cls, path: str | Path, bos_id: int | None = None) -> Tokenizer:
+    def from_file(cls, path: str | Path) -> Tokenizer:
         """From a tokenizer.json. Raises `CheckpointError` when it is missing or not one."""
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -60,7 +58,7 @@ class Tokenizer:
             raise CheckpointError(
                 f"cannot read the tokenizer {path} ({error}): fetch the model's tokenizer.json again"
             ) from error
-        return cls.from_json(text, bos_id)
+        return cls.from_json(text)
 
     @property
     def vocab_size(self) -> int:
@@ -133,17 +131,13 @@ class Tokenizer:
                 end = start + 1
         return "".join([*pieces, text[end:]])
 
-    def encode(self, text: str, *, add_bos: bool = False, parse_special: bool = False, drop: str = "") -> list[int]:
+    def encode(self, text: str, *, parse_special: bool = False, drop: str = "") -> list[int]:
         """Ids of a text. Special tokens in it count as such only with `parse_special`.
 
         `drop` is a character that is left out, but only after the special tokens have been found: it keeps
         what it stands in (see `defuse`) from being taken for one.
         """
         ids: list[int] = []
-        if add_bos:
-            if self.bos_id is None:
-                raise ValueError("this model has no token that begins a text: encode without add_bos")
-            ids.append(self.bos_id)
         end = 0
         for start, stop, id_ in self.find_special(text) if parse_special else ():
             ids += self._plain(text[end:start], end, drop)

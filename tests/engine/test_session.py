@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,22 @@ def test_logits_belong_to_the_caller(model: Model) -> None:
     session.feed([5])
     session.feed(prompt(9))
     np.testing.assert_array_equal(first, kept)
+
+
+def test_all_logits_are_in_memory_once(tmp_path: Path) -> None:
+    """Of a long prompt with a large vocabulary they are the largest thing there is."""
+    shapes = {"vocab_size": 30_000, "num_hidden_layers": 1, "max_position_embeddings": 1100}
+    model = Model(open_packed(pack(write_tiny("llama", tmp_path / "source", **shapes), tmp_path / "packed", "q8")), 2)
+    ids = prompt(1027)  # four whole batches, and one that is padded
+    model.session().feed(ids)
+    tracemalloc.start()
+    try:
+        logits = model.session().feed(ids, all_logits=True)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert logits.shape == (1027, 30_000)
+    assert peak < 1.1 * logits.nbytes
 
 
 def test_rewind(model: Model) -> None:

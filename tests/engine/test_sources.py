@@ -4,7 +4,7 @@ import pytest
 
 from fewfire import hub, sources, wheels
 from fewfire.errors import SourceError
-from fewfire.sources import ALIASES, DEFAULT, resolve
+from fewfire.sources import ALIASES, resolve
 
 
 @pytest.fixture
@@ -20,7 +20,6 @@ def fails(source, message):
 
 
 def test_aliases_are_pinned():
-    assert DEFAULT in ALIASES
     for name, model in ALIASES.items():
         assert model.name == name
         assert re.fullmatch(r"[0-9a-f]{64}", model.sha256)

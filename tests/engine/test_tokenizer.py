@@ -232,14 +232,6 @@ def test_each_id_of_a_stream_costs_the_same(tokenizer, monkeypatch, what):
 # --- the rest
 
 
-def test_beginning_of_text(kind):
-    tokenizer = Tokenizer.from_json(kind, bos_id=7)
-    assert tokenizer.encode("", add_bos=True) == [7]
-    assert tokenizer.encode("Hi", add_bos=True) == [7, *tokenizer.encode("Hi")]
-    with pytest.raises(ValueError, match="no token that begins a text"):
-        Tokenizer.from_json(kind).encode("Hi", add_bos=True)
-
-
 def test_settings_for_training_are_ignored(kind):
     inner = tokenizers.Tokenizer.from_str(kind)
     inner.enable_truncation(3)
