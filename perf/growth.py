@@ -40,7 +40,7 @@ class Point:
     seconds: list[float] = field(default_factory=list)
 
     def decode(self, tokens: int) -> float:
-        """Decodes greedily up to the context's end; seconds per token. The cache holds what came before."""
+        """Decodes up to the context's end; seconds per token. The cache holds what came before."""
         engine, token = self.engine.model.engine, 0
         logits = np.empty(engine.config.vocab_size, np.float32)
         start = time.perf_counter()
@@ -82,6 +82,7 @@ def points(
                 request = Request(source, count, max(wanted))
                 label = request.label()
                 engine = Fewfire(f"fewfire:{form}", form, request)
+                engine.draw_tokens()
                 if max(wanted) > engine.model.context:
                     raise ValueError(f"{label} has a context of {engine.model.context} tokens, not {max(wanted)}")
                 cache = cache or filled(engine, max(wanted), label)

@@ -87,6 +87,17 @@ class Stepwise(Contender):
     """An engine that gives its logits away after each step."""
 
     _next = 0
+    _random: np.random.Generator | None = None
+
+    def draw_tokens(self) -> None:
+        """From now on goes on with random tokens: what a model with random weights says soon goes round in a circle,
+        and then the same few neurons fire all the time."""
+        self._random = np.random.default_rng(0)
+
+    def pick(self, logits: np.ndarray) -> int:
+        """The next token."""
+        best = int(logits.argmax())
+        return best if self._random is None else int(self._random.integers(logits.size))
 
     @abstractmethod
     def reset(self) -> None:
@@ -99,13 +110,13 @@ class Stepwise(Contender):
     def prefill(self, ids: Sequence[int]) -> float:
         self.reset()
         start = time.perf_counter()
-        self._next = int(self.feed(ids).argmax())
+        self._next = self.pick(self.feed(ids))
         return time.perf_counter() - start
 
     def decode(self, count: int) -> float:
         start = time.perf_counter()
         for _ in range(count):
-            self._next = int(self.feed([self._next]).argmax())
+            self._next = self.pick(self.feed([self._next]))
         return time.perf_counter() - start
 
     def greedy(self, ids: Sequence[int], count: int) -> tuple[list[int], float]:
@@ -171,13 +182,18 @@ def load(name: str, request: Request) -> Contender:
 
 def load_all(names: Sequence[str], requests: Sequence[Request]) -> tuple[list[Contender], dict[str, str]]:
     """Every contender for every request, and why some are absent."""
-    contenders, absent = [], {}
+    contenders: list[Contender] = []
+    absent: dict[str, str] = {}
     for name in names:
         for request in requests:
             try:
-                contenders.append(load(name, request))
+                contender = load(name, request)
             except AbsentError as error:
                 absent[name] = str(error)
+                continue
+            if isinstance(contender, Stepwise) and synthetic.is_made(request.source):
+                contender.draw_tokens()
+            contenders.append(contender)
     return contenders, absent
 
 

@@ -25,7 +25,7 @@ from fewfire.config import ModelConfig
 
 _POOL = 2**24 + 1  # odd, so that a row that comes round again is shifted against itself
 # What all FFNs, and all attention blocks, add to the variance of the residual stream, relative to the embedding's:
-# much, or the next token would be a symmetric function of the last and greedy decoding an exchange of two tokens.
+# enough that later layers see something else than the first one did.
 _FFN, _ATTENTION = 3.0, 0.3
 
 
