@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import os
+import re
 import secrets
 import shutil
 import time
@@ -61,8 +61,9 @@ _STALE = 3600  # seconds since the last write of a pack that nobody is at work o
 
 
 def _sweep(out: Path) -> None:
-    """Removes what packs of this target that were killed have left."""
-    for left in out.parent.glob(f".{glob.escape(out.name)}.*"):
+    """Removes what packs of this target that were killed have left, and nothing that merely has a similar name."""
+    ours = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{16}}")
+    for left in [path for path in out.parent.iterdir() if ours.fullmatch(path.name)]:
         with contextlib.suppress(OSError):  # another process may remove it meanwhile
             written = max(file.stat().st_mtime for file in (left, *left.glob("*")))
             if left.is_dir() and time.time() - written > _STALE:

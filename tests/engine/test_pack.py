@@ -75,7 +75,6 @@ def test_what_else_is_in_it(tiny_path: Callable[[str], Path], tmp_path: Path) ->
     assert open_packed(pack(source, tmp_path / "unnamed")).name == source.name
     assert json.loads((out / TOKENIZER).read_text()) == json.loads(tiny_tokenizer())
     assert (out / TEMPLATE).read_text() == CHATML
-    assert out.stat().st_mode & 0o777 == 0o755
 
 
 def test_no_chat_template(tmp_path: Path) -> None:
@@ -303,12 +302,24 @@ def test_memory(weights: str, large: Path, tmp_path: Path, tiny_path: Callable[[
 
 def test_what_a_killed_pack_left_is_swept_away(tiny_path: Callable[[str], Path], tmp_path: Path) -> None:
     """Once it is old: a pack that is still at work writes all the time."""
-    old, new = tmp_path / ".out.aa", tmp_path / ".out.bb"
-    for left in (old, new):
+    old, new, other = (tmp_path / f".out.{end}" for end in ("0123456789abcdef", "1" * 16, "backup"))
+    for left in (old, new, other):
         left.mkdir()
         (left / "weights.safetensors").write_bytes(b"half")
-    for file in (old / "weights.safetensors", old):
-        os.utime(file, (0, 0))
+        if left != new:
+            for file in (left / "weights.safetensors", left):
+                os.utime(file, (0, 0))
     pack(tiny_path("llama"), tmp_path / "out", "q8")
     assert not old.exists()
     assert new.exists()
+    assert other.exists()  # the user's own
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no umask")
+def test_the_umask_counts(tiny_path: Callable[[str], Path], tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        out = pack(tiny_path("llama"), tmp_path / "out", "q8")
+    finally:
+        os.umask(before)
+    assert out.stat().st_mode & 0o777 == 0o700
