@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -61,13 +62,18 @@ def typed(*args: object, **environment: str) -> Iterator[Terminal]:
 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # a new one has no columns
+
+    def become_its_foreground() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that ^C reaches it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which is ignored where the tests run in a shell's background
+
     program = subprocess.Popen(
         [*PROGRAM, *map(str, args)],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that ^C reaches it
+        preexec_fn=become_its_foreground,
         env=os.environ | {"TERM": "xterm"} | environment,
     )
     os.close(theirs)
