@@ -16,7 +16,8 @@ import numpy as np
 
 from fewfire import quantize
 from fewfire.buffers import Activation, axpy_scratch
-from fewfire.kernels import attention, dense, encode, gather, pointwise
+from fewfire.kernels import attention, axpy, dense, encode, gather, pointwise
+from fewfire.kernels import rows as single
 from fewfire.quantize import FORMATS, GROUP, Layout, dot_order, padded
 
 Random = np.random.Generator
@@ -102,6 +103,8 @@ class Matrix:
     row_bytes: int
     values: np.ndarray  # (rows, padded columns), float64
     sizes: np.ndarray  # of the terms that a kernel adds up for each value
+    scales: np.ndarray  # (rows, groups) float32; none for f32 and bf16
+    minima: np.ndarray  # (rows, groups) float64
 
     @property
     def address(self) -> int:
@@ -124,7 +127,15 @@ def matrix(random: Random, rows: int, columns: int, weights: str, layout: Layout
     sizes = np.abs(seen)
     if weights == "q4":  # scale * integer and a minimum of the other sign
         sizes += 2 * np.repeat(sizes.reshape(rows, -1, GROUP).max(axis=2), GROUP, axis=1)
-    return Matrix(raw, stride, row_bytes, seen, sizes)
+    groups, quants = (
+        padded(columns) // GROUP,
+        {"q8": padded(columns), "q4": padded(columns) // 2}.get(weights, row_bytes),
+    )
+    parameters = np.ascontiguousarray(stored.view(np.uint8)[:, quants:]).view(np.float16)
+    scales, minima = parameters[:, :groups].astype(np.float32), np.zeros((rows, groups))
+    if weights == "q4":
+        minima += parameters[:, groups:]
+    return Matrix(raw, stride, row_bytes, seen, sizes, scales, minima)
 
 
 def quantized(values: np.ndarray, weights: str) -> tuple[np.ndarray, np.ndarray]:
@@ -174,32 +185,59 @@ def gather_dot(weights: str, random: Random, *, rows: int, columns: int, chosen:
     x, seen = activation(random, 1, columns, weights)
     out = Output((listed.size,))
     values, tolerance = _dots(seen, m.values[listed], m.sizes[listed])
-    sizes = (listed.size, listed.size, m.row_bytes)
-    arguments = (m.address, m.stride, listed.ctypes.data, *sizes, x.descriptor.ctypes.data, out.address)
+    soon = random.permutation(listed)
+    lists = (listed.ctypes.data, soon.ctypes.data, m.row_bytes, listed.size, 0, -(-listed.size // 4))
+    arguments = (m.address, m.stride, *lists, x.descriptor.ctypes.data, out.address)
 
-    def run(_keep: object = (m, x, listed)) -> None:
+    def run(_keep: object = (m, x, listed, soon)) -> None:
         getattr(gather, f"gather_dot_{weights}")(*arguments)
 
     return Case(run, (Expectation(out, values[0], tolerance[0]),), listed.size * m.row_bytes)
 
 
+def coefficients(m: Matrix, listed: np.ndarray, factors: np.ndarray, weights: str) -> np.ndarray:
+    """What `gather_axpy` multiplies the integers of each listed row's groups with, `(rows, groups)` float64.
+
+    Factor times scale, rounded to integers with a scale for each group of columns of eight rows of the list.
+    """
+    exact = factors[:, None] * m.scales[listed]  # float32
+    out = np.zeros(exact.shape)
+    top = np.float32(127 if weights == "q4" else 32767)
+    for start in range(0, listed.size, axpy.BLOCK):
+        block = exact[start : start + axpy.BLOCK]
+        largest = np.maximum(np.abs(block).max(axis=0), np.float32(1e-30))
+        out[start : start + axpy.BLOCK] = np.rint(block * (top / largest)) * (largest / top).astype(np.float64)
+    return out
+
+
+def scaled_sum(m: Matrix, listed: np.ndarray, factors: np.ndarray, weights: str) -> np.ndarray:
+    """The sum of the listed rows, each times its factor, `(columns,)` float64."""
+    if weights in ("f32", "bf16"):
+        return factors @ m.values[listed]
+    scales, minima = (np.repeat(p[listed].astype(np.float64), GROUP, axis=1) for p in (m.scales, m.minima))
+    integers = np.divide(m.values[listed] - minima, scales, out=np.zeros_like(scales), where=scales != 0)
+    rounded = np.repeat(coefficients(m, listed, factors, weights), GROUP, axis=1)
+    return (rounded * np.rint(integers)).sum(axis=0) + factors @ minima
+
+
 def gather_axpy(weights: str, random: Random, *, rows: int, columns: int, chosen: Sequence[int] | np.ndarray) -> Case:
     """y += the chosen rows, each times its factor."""
     m, listed = matrix(random, rows, columns, weights, "axpy"), np.array(chosen, np.int32)
-    factors = random.standard_normal(listed.size, np.float32)
+    factors = random.standard_normal(listed.size, np.float32) * (random.random(listed.size) < 0.9)
     y, scratch = Output((padded(columns),)), Output((axpy_scratch(columns),))
     y.array[:] = random.standard_normal(y.array.size, np.float32)
     before = y.array.astype(np.float64)
     tolerance = _ROUNDING * (np.abs(before) + np.abs(factors) @ m.sizes[listed])
+    soon = random.permutation(listed)
     arguments = (
-        m.address, m.stride, listed.ctypes.data, listed.size, listed.size, m.row_bytes, factors.ctypes.data, y.address,
+        m.address, m.stride, listed.ctypes.data, soon.ctypes.data, listed.size, factors.ctypes.data, y.address,
         padded(columns), scratch.address,
     )  # fmt: skip
 
-    def run(_keep: object = (m, listed, factors)) -> None:
-        getattr(gather, f"gather_axpy_{weights}")(*arguments)
+    def run(_keep: object = (m, listed, soon, factors)) -> None:
+        getattr(axpy, f"gather_axpy_{weights}")(*arguments)
 
-    expected = Expectation(y, before + factors @ m.values[listed], tolerance)
+    expected = Expectation(y, before + scaled_sum(m, listed, factors, weights), tolerance)
     return Case(run, (expected,), listed.size * m.row_bytes, (scratch,))
 
 
@@ -209,7 +247,7 @@ def read_row(weights: str, random: Random, *, rows: int, columns: int, row: int)
     address = m.address + row * m.stride
 
     def run(_keep: object = m) -> None:
-        getattr(gather, f"read_row_{weights}")(address, padded(columns), out.address)
+        getattr(single, f"read_row_{weights}")(address, padded(columns), out.address)
 
     return Case(run, (Expectation(out, m.values[row]),), m.row_bytes)
 

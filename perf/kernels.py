@@ -23,9 +23,10 @@ import numpy as np
 
 from fewfire.buffers import Activation, axpy_scratch
 from fewfire.cache import cache_dir
-from fewfire.kernels import gather
+from fewfire.kernels import axpy, gather
+from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import Primitive
-from fewfire.kernels.simd import call, store_f32
+from fewfire.kernels.simd import call, store_f32, sum_lanes
 from fewfire.packed import PAGE
 from fewfire.quantize import FORMATS, padded
 from fewfire.team import default_threads
@@ -34,18 +35,13 @@ from perf.decode import bandwidth_line
 from perf.spread import pairwise, shown, spread
 from perf.table import table
 
-KERNELS = ("gather_dot", "gather_axpy")
+_HOME = {"gather_dot": gather, "gather_axpy": axpy}
 DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)
 COLUMNS = (576, 1536, 2048, 4096)
+_SOON = 2  # rows are asked for so many entries of their list ahead
 _TILE = 256  # rows that are encoded; the matrix repeats them
 _CACHED = 200_000  # bytes of rows that a core's own cache holds
 _OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
-
-
-@numba.njit(**_OPTIONS)
-def _calls_8(address, calls):
-    for c in calls:
-        call(address, (c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]))
 
 
 @numba.njit(**_OPTIONS)
@@ -54,19 +50,33 @@ def _calls_10(address, calls):
         call(address, (c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9]))
 
 
-def _without_list(dot: Callable[..., Any]) -> Callable[..., None]:
-    """Dot products of all rows, one after the other: what a dense engine does."""
+@numba.njit(**_OPTIONS)
+def _calls_9(address, calls):
+    for c in calls:
+        call(address, (c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8]))
+
+
+def _without_list(four: Callable[..., Any]) -> Callable[..., None]:
+    """Dot products of all rows, whose number is a multiple of four: what a dense engine does."""
 
     @numba.njit(**_OPTIONS)
     def loop(matrix, stride, count, x, out, passes):
+        part = count // 4
         for _ in range(passes):
-            for j in range(count):
-                store_f32(out + 4 * j, dot(matrix + j * stride, x))
+            for j in range(part):
+                a, b = matrix + j * stride, matrix + (part + j) * stride
+                c, d = matrix + (2 * part + j) * stride, matrix + (3 * part + j) * stride
+                later = (a + _SOON * stride, b + _SOON * stride, c + _SOON * stride, d + _SOON * stride)
+                p, q, r, s = four((a, b, c, d), later, stride, x)
+                store_f32(out + 4 * j, sum_lanes(p))
+                store_f32(out + 4 * (part + j), sum_lanes(q))
+                store_f32(out + 4 * (2 * part + j), sum_lanes(r))
+                store_f32(out + 4 * (3 * part + j), sum_lanes(s))
 
     return loop
 
 
-_DENSE = {weights: _without_list(getattr(gather, f"_dot_{weights}")) for weights in FORMATS}
+_DENSE = {weights: _without_list(getattr(gather, f"_four_{weights}")) for weights in FORMATS}
 
 
 @dataclass(frozen=True)
@@ -107,13 +117,18 @@ def large_matrix(weights: str, columns: int, megabytes: int, mapped: bool) -> It
     yield Rows(weights, columns, tile.row_bytes, memory.reshape(-1, tile.row_bytes))
 
 
+def with_spare(listed: np.ndarray) -> np.ndarray:
+    """The same list, int32, in memory that goes on with its last entry, for kernels to look ahead."""
+    return np.pad(listed.astype(np.int32), (0, BLOCK), mode="edge")[: listed.size]
+
+
 def random_lists(random: np.random.Generator, rows: int, density: float) -> list[np.ndarray]:
     """Sorted lists in which every row is with this probability; together about as long as there are rows."""
     lists = []
     for _ in range(round(1 / density)):
         gaps = random.geometric(density, int(rows * density * 1.1) + 100)
         chosen = np.cumsum(gaps) - 1
-        lists.append(chosen[chosen < rows].astype(np.int32))
+        lists.append(with_spare(chosen[chosen < rows]))
     return lists
 
 
@@ -131,10 +146,10 @@ class Bench:
 
     def seconds(self, kernel: str, lists: Sequence[np.ndarray], threads: int) -> float:
         """One pass over all lists, each split between the threads."""
-        primitive: Primitive = getattr(gather, f"{kernel}_{self._rows.weights}")
-        drive = _calls_8 if kernel == "gather_dot" else _calls_10
+        primitive: Primitive = getattr(_HOME[kernel], f"{kernel}_{self._rows.weights}")
         shares = zip(*(np.array_split(one, threads) for one in lists), strict=True)  # each thread's part of every list
         work = [[self._arguments(kernel, part, thread) for part in parts] for thread, parts in enumerate(shares)]
+        drive = _calls_10 if kernel == "gather_dot" else _calls_9
         return self._timed([(drive, (primitive.address, np.array(calls, np.int64))) for calls in work])
 
     def dense_seconds(self, count: int, passes: int) -> float:
@@ -146,11 +161,21 @@ class Bench:
 
     def _arguments(self, kernel: str, part: np.ndarray, thread: int) -> tuple[int, ...]:
         rows, size = self._rows, self._rows.row_bytes
-        listed = (rows.raw.ctypes.data, size, part.ctypes.data, part.size, part.size, size)
+        matrix, listed = (rows.raw.ctypes.data, size), part.ctypes.data
         if kernel == "gather_dot":
-            return (*listed, self._x.descriptor.ctypes.data, self._out[thread].ctypes.data)
+            lists = (listed, listed + 4 * _SOON, size, part.size, 0, -(-part.size // 4))
+            return (*matrix, *lists, self._x.descriptor.ctypes.data, self._out[thread].ctypes.data)
         y, scratch = self._y[thread].ctypes.data, self._scratch[thread].ctypes.data
-        return (*listed, self._factors.ctypes.data, y, padded(rows.columns), scratch)
+        return (
+            *matrix,
+            listed,
+            listed + 4 * BLOCK,
+            part.size,
+            self._factors.ctypes.data,
+            y,
+            padded(rows.columns),
+            scratch,
+        )
 
     def _timed(self, jobs: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> float:
         start = time.perf_counter()
@@ -175,14 +200,14 @@ def measure(
             for density in densities:
                 chosen = random_lists(random, rows.count, density)
                 size = sum(one.size for one in chosen) * rows.row_bytes
-                for kernel in KERNELS:
+                for kernel in _HOME:
                     for count in threads:
                         seconds = bench.seconds(kernel, chosen, count)
                         if number:
                             samples.setdefault((kernel, count, density), []).append(size / seconds / 1e9)
-            for place, few in (("memory", rows.count), ("cache", max(1, _CACHED // rows.row_bytes))):
+            for place, few in (("memory", rows.count // 4 * 4), ("cache", 4 * max(1, _CACHED // 4 // rows.row_bytes))):
                 passes = rows.count // few
-                full = [np.arange(few, dtype=np.int32)] * passes
+                full = [with_spare(np.arange(few))] * passes
                 pair = bench.seconds("gather_dot", full, 1), bench.dense_seconds(few, passes)
                 if number:
                     for kept, seconds in zip(lists[place], pair, strict=True):
@@ -201,7 +226,7 @@ def measure(
 def verify(weights: str, columns: int) -> None:
     """Both kernels against their twins, on a small matrix. Raises `AssertionError`."""
     random = np.random.default_rng(4)
-    for kernel in KERNELS:
+    for kernel in _HOME:
         chosen = np.flatnonzero(random.random(200) < 0.3)
         kernel_table.TABLE[f"{kernel}_{weights}"](random, rows=200, columns=columns, chosen=chosen).check()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from fewfire.config import ModelConfig
+from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.decode import NEURON_CHUNKS, WORK
-from fewfire.kernels.gather import AHEAD
 from fewfire.kernels.prefill import BATCH, ROWS
 from fewfire.quantize import padded
 
@@ -17,8 +17,8 @@ def head_width(c: ModelConfig) -> int:
 
 
 def axpy_scratch(columns: int) -> int:
-    """Floats of scratch for `gather_axpy`: the group scales of four rows and one sum, each rounded up to eight."""
-    return 5 * (-(-padded(columns) // 256) * 8)
+    """Floats of scratch for `gather_axpy`: five for each row of a block, ten for each group of columns (of eight)."""
+    return 5 * BLOCK + 10 * (-(-padded(columns) // 256) * 8)
 
 
 class Activation:
@@ -86,8 +86,8 @@ class Workspace(Buffers):
         self.activation("attended", attended)
         self.point("joined", attended.values)
         hidden, head, half = padded(c.hidden_size), head_width(c), c.head_dim // 2
-        chunk, factors = AHEAD + 8, axpy_scratch(c.hidden_size)
-        self.number(chunk_stride=4 * chunk, factors_stride=4 * factors, scores_stride=4 * (positions + 8))
+        factors = axpy_scratch(c.hidden_size)
+        self.number(factors_stride=4 * factors, scores_stride=4 * (positions + 8))
         self.floats(
             hidden=(hidden,),
             delta=(hidden,),
@@ -99,10 +99,11 @@ class Workspace(Buffers):
             partial=(NEURON_CHUNKS, hidden),
             cos=(2, half),
             sin=(2, half),
-            gate=(threads, chunk),
-            up=(threads, chunk),
+            gate=(threads, BLOCK),
+            up=(threads, BLOCK),
             factors=(threads, factors),
         )
+        self.point("block", np.zeros((threads, 2 * BLOCK), np.int32))
 
 
 class Batch(Buffers):

@@ -12,9 +12,9 @@ import numpy as np
 
 from fewfire.buffers import Batch, Buffers, Workspace, head_width
 from fewfire.config import ACTIVATIONS
-from fewfire.kernels import attention, dense, gather, pointwise
+from fewfire.kernels import attention, axpy, dense, gather, pointwise, rows
 from fewfire.kernels.compile import Compiled, Primitive
-from fewfire.kernels.decode import decode
+from fewfire.kernels.decode import SOON, decode
 from fewfire.kernels.dense import TOKENS
 from fewfire.kernels.layer import CACHE, LAYER, MODEL
 from fewfire.kernels.prefill import prefill
@@ -115,12 +115,12 @@ def _primitives(of: Formats, cache: str) -> dict[str, Primitive]:
     """The primitives for a model's number formats, by their fields in the model's record."""
     primitives = {
         "gather_dot": getattr(gather, f"gather_dot_{of.rows}"),
-        "gather_axpy": getattr(gather, f"gather_axpy_{of.down}"),
+        "gather_axpy": getattr(axpy, f"gather_axpy_{of.down}"),
         "dot_tokens": getattr(dense, f"dot_tokens_{of.rows}"),
         "down_strip": getattr(dense, f"down_strip_{of.down}"),
         "table_dot": getattr(gather, f"gather_dot_{of.table}"),
         "table_tokens": getattr(dense, f"dot_tokens_{of.table}"),
-        "table_row": getattr(gather, f"read_row_{of.table}"),
+        "table_row": getattr(rows, f"read_row_{of.table}"),
         "attend": getattr(attention, f"attend_{cache}"),
         "remember": getattr(attention, f"remember_{cache}"),
     }
@@ -176,7 +176,8 @@ def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int) -> Bu
     if c.rope:
         kinds = [rope.inverse_frequencies(c.head_dim) for rope in (c.rope, c.rope_local or c.rope)]
         model.point("frequencies", np.stack(kinds))
-    model.point("every", np.arange(max(a.shape[1] for a in arrays.values() if a.ndim == 3), dtype=np.int32))
+    longest = max(a.shape[1] for a in arrays.values() if a.ndim == 3)
+    model.point("every", np.arange(longest + SOON, dtype=np.int32))
     return model
 
 

@@ -22,7 +22,7 @@ from fewfire.config import ModelConfig
 from fewfire.errors import CheckpointError
 from fewfire.quantize import row_bytes
 
-VERSION = 3
+VERSION = 4
 DESCRIPTION, WEIGHTS, TOKENIZER, TEMPLATE = (
     "fewfire.json",
     "weights.safetensors",

@@ -5,11 +5,10 @@ columns. q8 holds an integer from -127 to 127 per weight and a float16 scale per
 holds 0 to 15, a float16 scale and a float16 minimum: weight = scale * integer + minimum. A row has first its integers,
 then its groups' scales, then their minima.
 
-A row is laid out for one of two uses (`Layout`). "axpy" rows (down) keep their columns in order, q4 as eight nibbles
-per 32-bit word: nibble n of word l in a run of 64 columns is column 8 n + l. "dot" rows (all others) interleave the
-groups of a block of eight (then four, two) four columns at a time, so that 32-bit lane l of a register adds up one
-group only; q4 puts registers 2m and 2m + 1 into the low and high nibbles of 32 bytes.
-The kernels in `kernels/gather.py` read exactly this.
+A row is laid out for one of two uses (`Layout`). "axpy" rows (down) keep their columns in order. "dot" rows (all
+others) interleave the groups of a block of eight (then four, two) four columns at a time, so that 32-bit lane l of a
+register adds up one group only. q4 puts integers 64 n to 64 n + 31 of either order into the low nibbles of 32 bytes,
+and the next 32 into the high ones. The kernels in `kernels/gather.py` and `kernels/axpy.py` read exactly this.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def encode(matrix: np.ndarray, weights: str, layout: Layout, fit: Fit | None = N
     if layout == "dot":
         stored = stored[:, dot_order(columns)]
     if weights == "q4":
-        stored = _pack_nibbles(stored, layout)
+        stored = _pack_nibbles(stored)
     return np.concatenate([stored.view(np.uint8), *(p.view(np.uint8) for p in parameters)], axis=1)
 
 
@@ -90,7 +89,7 @@ def decode(stored: np.ndarray, weights: str, layout: Layout, columns: int) -> np
     quant_bytes = n if weights == "q8" else n // 2
     integers = raw[:, :quant_bytes].view(np.int8)
     if weights == "q4":
-        integers = _unpack_nibbles(raw[:, :quant_bytes], layout)
+        integers = _unpack_nibbles(raw[:, :quant_bytes])
     if layout == "dot":
         ordered = np.empty((rows, n), np.int8)
         ordered[:, dot_order(columns)] = integers
@@ -143,20 +142,11 @@ def fit_q4(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return integers, scales[:, :, 0], minima[:, :, 0]
 
 
-def _pack_nibbles(integers: np.ndarray, layout: Layout) -> np.ndarray:
-    rows, nibbles = len(integers), integers.astype(np.uint8)
-    if layout == "dot":
-        pairs = nibbles.reshape(rows, -1, 2, 32)
-        return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(rows, -1)
-    shifts = np.arange(0, 32, 4, dtype=np.uint32)[:, None]
-    words = np.bitwise_or.reduce(nibbles.astype(np.uint32).reshape(rows, -1, 8, 8) << shifts, axis=2)
-    return words.astype("<u4").reshape(rows, -1).view(np.uint8)
+def _pack_nibbles(integers: np.ndarray) -> np.ndarray:
+    rows, pairs = len(integers), integers.astype(np.uint8).reshape(len(integers), -1, 2, 32)
+    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(rows, -1)
 
 
-def _unpack_nibbles(packed: np.ndarray, layout: Layout) -> np.ndarray:
-    rows = len(packed)
-    if layout == "dot":
-        pairs = packed.reshape(rows, -1, 1, 32)
-        return np.concatenate([pairs & 15, pairs >> 4], axis=2).astype(np.int8).reshape(rows, -1)
-    words = np.ascontiguousarray(packed).view("<u4").reshape(rows, -1, 1, 8)
-    return ((words >> np.arange(0, 32, 4, dtype=np.uint32)[:, None]) & 15).astype(np.int8).reshape(rows, -1)
+def _unpack_nibbles(packed: np.ndarray) -> np.ndarray:
+    rows, bytes_ = len(packed), packed.reshape(len(packed), -1, 1, 32)
+    return np.concatenate([bytes_ & 15, bytes_ >> 4], axis=2).astype(np.int8).reshape(rows, -1)

@@ -41,7 +41,7 @@ class Team:
 
     def _start(self) -> None:
         self._pid = os.getpid()
-        self._state = new_team()
+        self._state = new_team(self.threads)
         self._unfinished: _Job | None = None
         self._queues: list[SimpleQueue[_Job | None]] = [SimpleQueue() for _ in range(self.threads - 1)]
         for number, queue in enumerate(self._queues, start=1):

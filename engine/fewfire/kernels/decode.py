@@ -8,8 +8,8 @@ in a fixed order. So the result is the same bits for any number of threads.
 
 from numba import types
 
+from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import inline, kernel, records
-from fewfire.kernels.gather import AHEAD
 from fewfire.kernels.layer import (
     CACHE,
     LAYER,
@@ -25,30 +25,27 @@ from fewfire.kernels.layer import (
     record,
     set_rope,
 )
-from fewfire.kernels.simd import call, load_f32, load_i32, splat_f32, store_f32, store_f32x8
-from fewfire.kernels.team import advance, finish, take, wait
+from fewfire.kernels.simd import call, load_f32, load_i32, splat_f32, store_f32, store_f32x8, store_i32
+from fewfire.kernels.team import REGIONS, advance, finish, region_of, take, wait
 
 _I = types.int64
 
-NEURON_CHUNKS = 16  # fixed, because it decides the order of additions
-_ROW_CHUNKS = 12
-_HEAD_ROWS = 512  # rows of the output head in a chunk
+# Of the list of neurons, each group is read as four streams; its pieces are chunks. Fixed numbers, because they decide
+# the order of additions.
+_GROUPS, _PIECES = 4, 4
+NEURON_CHUNKS = _GROUPS * _PIECES
+_HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
+SOON = 2  # rows that are neighbours are asked for so many rows ahead
 
 # Buffers of one token, float32 unless said: descriptors of `x` (hidden,) and `attended`, whose values are `joined`
 # (heads * head_dim,); the residual stream `hidden` and what a block adds to it, `delta`; `query` and `context`
 # (heads, head_width), `key` (head_width,), `scores` (heads, scores_stride / 4); `partial` (NEURON_CHUNKS, width); `cos`
-# and `sin` (2, rope_half) of the RoPE angles. Each thread has `gate` and `up` (AHEAD + 8)
-# and `factors` (scratch of gather_axpy), so many bytes apart.
+# and `sin` (2, rope_half) of the RoPE angles. Each thread has `gate` and `up` (BLOCK,), `block` (2, BLOCK) int32 and
+# `factors` (scratch of gather_axpy).
 WORK = record("""
     x attended joined hidden delta qkv query context key scores scores_stride partial cos sin
-    gate up chunk_stride factors factors_stride
+    gate up block factors factors_stride
 """)
-
-
-@inline
-def _share(chunk, chunks, count):
-    """The part of range(count) that is a chunk's."""
-    return count * chunk // chunks, count * (chunk + 1) // chunks
 
 
 @inline
@@ -60,38 +57,68 @@ def _add_listed(target, bias, rows, count):
 
 
 @inline
-def _all_rows(model, dot, matrix, stride, start, stop, x, out):
-    """Neighbouring rows, which are a list like any other."""
-    count = stop - start
-    call(dot, (matrix, stride, model.every + 4 * start, count, count, stride, x, out + 4 * start))
+def _row_chunks(team):
+    """Chunks that the rows of a matrix are shared out in: few, since each begins with a wait for memory."""
+    return 4 * team[REGIONS]
 
 
 @inline
-def _block(model, weights, rows, count, known, x, gate, up, y, scratch):
+def _all_rows(model, team, dot, matrix, stride, count, chunk, chunks, x, out):
+    """A chunk of the rows of a matrix: a piece of each quarter of its region (see `gather.py`)."""
+    first, end = region_of(team, chunk, chunks)
+    start, stop = count * first // chunks, count * end // chunks
+    quarter, rows = (stop - start + 3) // 4, model.every + 4 * start
+    piece = quarter * (chunk - first) // (end - first), quarter * (chunk - first + 1) // (end - first)
+    call(dot, (matrix, stride, rows, rows + 4 * SOON, stride, stop - start, piece[0], piece[1], x, out + 4 * start))
+
+
+@inline
+def _add_neurons(model, weights, rows, soon, count, x, gate, up, y, scratch):
     """A few neurons: gather their gate and up rows, scatter their down rows into y."""
-    stride, size = model.gate_stride, model.gate_stride
-    call(model.gather_dot, (weights.gate, stride, rows, count, known, size, x, gate))
+    stride, end = model.gate_stride, (count + 3) // 4
+    call(model.gather_dot, (weights.gate, stride, rows, soon, stride, count, 0, end, x, gate))
     _add_listed(gate, weights.gate_bias, rows, count)
     call(model.activate, (model.activation, model.act_threshold, gate, count))
     stride, down = model.updown_stride, model.down
     if model.gated:
-        call(model.gather_dot, (weights.updown, stride, rows, count, known, size, x, up))
+        call(model.gather_dot, (weights.updown, stride, rows, soon, down, count, 0, end, x, up))
         _add_listed(up, weights.up_bias, rows, count)
         if model.act_on_up:
             call(model.activate, (model.activation, model.act_threshold, up, count))
         multiply_by(gate, up, count)
-    size, width = stride - down, model.width
-    call(model.gather_axpy, (weights.updown + down, stride, rows, count, known, size, gate, y, width, scratch))
+    call(model.gather_axpy, (weights.updown + down, stride, rows, soon, count, gate, y, model.width, scratch))
 
 
 @inline
-def _neurons(model, weights, start, stop, x, gate, up, y, scratch):
-    """The part of the active list from start to stop, in blocks whose rows stay in the first-level cache."""
+def _fill_block(listed, count, start, stop, block):
+    """Entries start to stop of each quarter of a list, in `block`, where the last one fills what is left; how many."""
+    quarter, size = (count + 3) // 4, 0
+    for part in range(0, 4 * quarter, quarter):
+        for i in range(part + start, min(part + stop, count)):
+            store_i32(block + 4 * size, load_i32(listed + 4 * i))
+            size += 1
+    for i in range(size, BLOCK):
+        store_i32(block + 4 * i, load_i32(block + 4 * size - 4))
+    return size
+
+
+@inline
+def _neurons(model, weights, listed, count, begin, end, x, block, gate, up, y, scratch):
+    """y = the sum over entries begin to end of each quarter of a list of neurons.
+
+    They go in blocks whose rows stay in the cache nearest to the core; during one, the next one's rows are asked for.
+    """
     for i in range(0, 4 * model.width, 32):
         store_f32x8(y + i, splat_f32(0.0))
-    for first in range(start, stop, AHEAD):
-        rows, count, known = weights.active + 4 * first, min(AHEAD, stop - first), model.neurons - first
-        _block(model, weights, rows, count, known, x, gate, up, y, scratch)
+    quarter, step, rows, soon = (count + 3) // 4, BLOCK // 4, block, block + 4 * BLOCK
+    size = _fill_block(listed, count, begin, min(begin + step, end), rows) if begin < end else 0
+    for start in range(begin, end, step):
+        follower, limit = start + step, end
+        if follower >= end:  # the next chunk's, probably
+            follower, limit = min(end, quarter - 1), quarter
+        later = _fill_block(listed, count, follower, min(follower + step, limit), soon)
+        _add_neurons(model, weights, rows, soon, size, x, gate, up, y, scratch)
+        rows, soon, size = soon, rows, later
 
 
 @kernel(types.int64[::1], _I, _I, records(MODEL), records(LAYER), records(WORK), records(CACHE), _I, _I, _I)
@@ -102,7 +129,7 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
     """
     model, work, cache = models[0], works[0], caches[0]
     x, hidden, delta = work.x, work.hidden, work.delta
-    if take(team, phase, 1) >= 0:
+    if take(team, phase, thread, 1) >= 0:
         embed(model, token, position, hidden)
         set_rope(model, position, work.cos, work.sin)
         next_input(model, layers[0].attn_norm, layers[0].attn_norm_bias, hidden, x, 0, model.quantize)
@@ -112,46 +139,51 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
 
     for layer in range(model.layers):
         weights = layers[layer]
-        rows = (model.heads + 2 * model.kv_heads) * model.head_dim
-        chunk = take(team, phase, _ROW_CHUNKS)
+        rows, chunks = (model.heads + 2 * model.kv_heads) * model.head_dim, _row_chunks(team)
+        chunk = take(team, phase, thread, chunks)
         while chunk >= 0:
-            start, stop = _share(chunk, _ROW_CHUNKS, rows)
-            _all_rows(model, model.gather_dot, weights.qkv, model.qkv_stride, start, stop, x, work.qkv)
-            if weights.qkv_bias != 0:
-                add_to(work.qkv + 4 * start, weights.qkv_bias + 4 * start, stop - start)
-            if finish(team, _ROW_CHUNKS):
+            _all_rows(model, team, model.gather_dot, weights.qkv, model.qkv_stride, rows, chunk, chunks, x, work.qkv)
+            if finish(team, chunks):
+                add_to(work.qkv, weights.qkv_bias, rows)
                 place_heads(model, weights, cache, layer, position, work.qkv, work.cos, work.sin, work.query, work.key)
                 advance(team, phase)
-            chunk = take(team, phase, _ROW_CHUNKS)
+            chunk = take(team, phase, thread, chunks)
         phase = wait(team, phase)
 
-        head = take(team, phase, model.heads)
+        head = take(team, phase, thread, model.heads)
         while head >= 0:
             scores, context = work.scores + head * work.scores_stride, work.context + 4 * head * model.head_width
             attend_head(model, weights, cache, layer, position, head, work.query, scores, context, work.joined)
             if finish(team, model.heads):
                 quantize(model.quantize, work.attended, 0)
                 advance(team, phase)
-            head = take(team, phase, model.heads)
+            head = take(team, phase, thread, model.heads)
         phase = wait(team, phase)
 
-        chunk = take(team, phase, _ROW_CHUNKS)
+        chunk = take(team, phase, thread, chunks)
         while chunk >= 0:
-            start, stop = _share(chunk, _ROW_CHUNKS, model.hidden)
-            _all_rows(model, model.gather_dot, weights.o, model.o_stride, start, stop, work.attended, delta)
-            if finish(team, _ROW_CHUNKS):
+            matrix, size = (weights.o, model.o_stride), model.hidden
+            _all_rows(model, team, model.gather_dot, *matrix, size, chunk, chunks, work.attended, delta)
+            if finish(team, chunks):
                 add_block(model, hidden, delta, weights.o_bias, weights.attn_post_norm)
                 next_input(model, weights.ffn_norm, weights.ffn_norm_bias, hidden, x, 0, model.quantize)
                 advance(team, phase)
-            chunk = take(team, phase, _ROW_CHUNKS)
+            chunk = take(team, phase, thread, chunks)
         phase = wait(team, phase)
 
-        chunk = take(team, phase, NEURON_CHUNKS)
+        chunk = take(team, phase, thread, NEURON_CHUNKS)
         while chunk >= 0:
-            start, stop = _share(chunk, NEURON_CHUNKS, model.neurons)
-            gate, up = work.gate + thread * work.chunk_stride, work.up + thread * work.chunk_stride
+            group, piece = chunk // _PIECES, chunk % _PIECES
+            start, stop = model.neurons * group // _GROUPS, model.neurons * (group + 1) // _GROUPS
+            quarter, listed, block = (
+                (stop - start + 3) // 4,
+                weights.active + 4 * start,
+                work.block + 8 * BLOCK * thread,
+            )
+            begin, end = quarter * piece // _PIECES, quarter * (piece + 1) // _PIECES
+            gate, up = work.gate + 4 * BLOCK * thread, work.up + 4 * BLOCK * thread
             y, scratch = work.partial + 4 * chunk * model.width, work.factors + thread * work.factors_stride
-            _neurons(model, weights, start, stop, x, gate, up, y, scratch)
+            _neurons(model, weights, listed, stop - start, begin, end, x, block, gate, up, y, scratch)
             if finish(team, NEURON_CHUNKS):
                 for part in range(1, NEURON_CHUNKS):
                     add_to(work.partial, work.partial + 4 * part * model.width, model.hidden)
@@ -162,15 +194,15 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
                 else:
                     next_input(model, model.final_norm, model.final_norm_bias, hidden, x, 0, model.table_quantize)
                 advance(team, phase)
-            chunk = take(team, phase, NEURON_CHUNKS)
+            chunk = take(team, phase, thread, NEURON_CHUNKS)
         phase = wait(team, phase)
 
-    chunks = (model.vocab + _HEAD_ROWS - 1) // _HEAD_ROWS
-    chunk = take(team, phase, chunks)
+    chunks = _HEAD_CHUNKS * _row_chunks(team)
+    chunk = take(team, phase, thread, chunks)
     while chunk >= 0:
-        start, stop = _HEAD_ROWS * chunk, min(model.vocab, _HEAD_ROWS * chunk + _HEAD_ROWS)
-        _all_rows(model, model.table_dot, model.head, model.table_stride, start, stop, x, logits)
+        matrix, size = (model.head, model.table_stride), model.vocab
+        _all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, x, logits)
         if finish(team, chunks):
             advance(team, phase)
-        chunk = take(team, phase, chunks)
+        chunk = take(team, phase, thread, chunks)
     wait(team, phase)

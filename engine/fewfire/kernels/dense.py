@@ -6,15 +6,21 @@ Down rows are decoded to float32 in strips of 64 columns and go through a regist
 
 from numba import types
 
-from fewfire.kernels import simd
 from fewfire.kernels.compile import inline, primitive
 from fewfire.kernels.gather import COLUMNS, LANES, QUANTS, SCALES, SUMS, VALUES
-from fewfire.kernels.simd import (
+from fewfire.kernels.products import (
     dot_i16,
     dot_u4,
+    high_nibbles,
+    load_high_nibbles_as_f32,
+    load_low_nibbles_as_f32,
+    low_nibbles,
+    settle,
+    sum_pairs,
+)
+from fewfire.kernels.simd import (
     first_lane,
     fma,
-    high_nibbles,
     load_bf16x8,
     load_f16x2,
     load_f16x4,
@@ -24,17 +30,13 @@ from fewfire.kernels.simd import (
     load_i8x16_as_i16,
     load_i8x32,
     load_i16x16,
-    load_i32x8,
     load_i64,
-    low_nibbles,
     mul,
-    settle,
     splat_f32,
     splat_f32_at,
     store_f32,
     store_f32x8,
     sum_lanes,
-    sum_pairs,
     to_f32,
     zeros_i32,
 )
@@ -229,19 +231,18 @@ def _strip_q8(row, columns, strip, out):
 
 
 @inline
-def _strip_q4(row, columns, strip, out):
-    packed, scales = load_i32x8(row + 32 * strip), row + columns // 2 + 4 * strip
-    minima = scales + columns // 16
+def _half_q4(load, quants, scales, minima, out):
     scale, minimum = splat_f32(first_lane(load_f16x2(scales))), splat_f32(first_lane(load_f16x2(minima)))
-    store_f32x8(out, fma(scale, simd.nibble_0(packed), minimum))
-    store_f32x8(out + 32, fma(scale, simd.nibble_1(packed), minimum))
-    store_f32x8(out + 64, fma(scale, simd.nibble_2(packed), minimum))
-    store_f32x8(out + 96, fma(scale, simd.nibble_3(packed), minimum))
-    scale, minimum = splat_f32(first_lane(load_f16x2(scales + 2))), splat_f32(first_lane(load_f16x2(minima + 2)))
-    store_f32x8(out + 128, fma(scale, simd.nibble_4(packed), minimum))
-    store_f32x8(out + 160, fma(scale, simd.nibble_5(packed), minimum))
-    store_f32x8(out + 192, fma(scale, simd.nibble_6(packed), minimum))
-    store_f32x8(out + 224, fma(scale, simd.nibble_7(packed), minimum))
+    for i in range(4):
+        store_f32x8(out + 32 * i, fma(scale, load(quants + 8 * i), minimum))
+
+
+@inline
+def _strip_q4(row, columns, strip, out):
+    quants, scales = row + 32 * strip, row + columns // 2 + 4 * strip
+    minima = scales + columns // 16
+    _half_q4(load_low_nibbles_as_f32, quants, scales, minima, out)
+    _half_q4(load_high_nibbles_as_f32, quants, scales + 2, minima + 2, out + 128)
 
 
 @inline

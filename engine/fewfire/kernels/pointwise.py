@@ -10,13 +10,13 @@ from numba import types
 
 from fewfire.kernels.compile import inline, primitive
 from fewfire.kernels.gather import COLUMNS, LANES, QUANTS, SCALES, SCRATCH, SUMS, VALUES
+from fewfire.kernels.products import dot_u4, settle
 from fewfire.kernels.simd import (
     absolute,
     add,
     copy_4_bytes,
     copy_8_bytes,
     divide,
-    dot_u4,
     fma,
     load_f32,
     load_f32x8,
@@ -28,7 +28,6 @@ from fewfire.kernels.simd import (
     mul,
     ones_i8,
     rint,
-    settle,
     splat_f32,
     store_f32,
     store_f32x8,

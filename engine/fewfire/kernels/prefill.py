@@ -119,7 +119,7 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
     x, width, padded = batch.x, 4 * model.width, batch.tokens
     blocks = _chunks(count, TOKENS)
 
-    block = take(team, phase, blocks)
+    block = take(team, phase, thread, blocks)
     while block >= 0:
         start, stop = TOKENS * block, min(count, TOKENS * block + TOKENS)
         for t in range(start, stop):
@@ -129,14 +129,14 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
         _inputs(model, layers[0].attn_norm, layers[0].attn_norm_bias, batch, start, stop, model.quantize)
         if finish(team, blocks):
             advance(team, phase)
-        block = take(team, phase, blocks)
+        block = take(team, phase, thread, blocks)
     phase = wait(team, phase)
 
     for layer in range(model.layers):
         weights = layers[layer]
         total = (model.heads + 2 * model.kv_heads) * model.head_dim
         chunks = _chunks(total, ROWS)
-        chunk = take(team, phase, chunks)
+        chunk = take(team, phase, thread, chunks)
         while chunk >= 0:
             start = ROWS * chunk
             part, matrix, out = min(total - start, ROWS), weights.qkv + start * model.qkv_stride, batch.qkv + 4 * start
@@ -144,12 +144,12 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
             _bias_columns(_offset(weights.qkv_bias, start), part, out, 4 * total, padded)
             if finish(team, chunks):
                 advance(team, phase)
-            chunk = take(team, phase, chunks)
+            chunk = take(team, phase, thread, chunks)
         phase = wait(team, phase)
 
         queries = 4 * model.heads * model.head_width
         key, context = batch.key + thread * batch.head_stride, batch.context + thread * batch.head_stride
-        block = take(team, phase, blocks)
+        block = take(team, phase, thread, blocks)
         while block >= 0:
             for t in range(TOKENS * block, min(count, TOKENS * block + TOKENS)):
                 angles, qkv, query = 8 * t * model.rope_half, batch.qkv + 4 * t * total, batch.query + t * queries
@@ -157,11 +157,11 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
                 place_heads(model, weights, cache, layer, position + t, qkv, cos, sin, query, key)
             if finish(team, blocks):
                 advance(team, phase)
-            block = take(team, phase, blocks)
+            block = take(team, phase, thread, blocks)
         phase = wait(team, phase)
 
         scores = batch.scores + thread * batch.scores_stride
-        block = take(team, phase, blocks)
+        block = take(team, phase, thread, blocks)
         while block >= 0:
             for t in range(TOKENS * block, min(count, TOKENS * block + TOKENS)):
                 query, joined = batch.query + t * queries, batch.joined + t * batch.joined_stride
@@ -170,11 +170,11 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
                 quantize(model.quantize, batch.attended, t)
             if finish(team, blocks):
                 advance(team, phase)
-            block = take(team, phase, blocks)
+            block = take(team, phase, thread, blocks)
         phase = wait(team, phase)
 
         chunks = _chunks(model.hidden, ROWS)
-        chunk = take(team, phase, chunks)
+        chunk = take(team, phase, thread, chunks)
         while chunk >= 0:
             start = ROWS * chunk
             part, matrix, out = (
@@ -185,41 +185,41 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
             call(model.dot_tokens, (matrix, model.o_stride, part, batch.attended, padded, out, width))
             if finish(team, chunks):
                 advance(team, phase)
-            chunk = take(team, phase, chunks)
+            chunk = take(team, phase, thread, chunks)
         phase = wait(team, phase)
 
-        block = take(team, phase, blocks)
+        block = take(team, phase, thread, blocks)
         while block >= 0:
             start, stop = TOKENS * block, min(count, TOKENS * block + TOKENS)
             _add_blocks(model, batch, weights.o_bias, weights.attn_post_norm, start, stop)
             _inputs(model, weights.ffn_norm, weights.ffn_norm_bias, batch, start, stop, model.quantize)
             if finish(team, blocks):
                 advance(team, phase)
-            block = take(team, phase, blocks)
+            block = take(team, phase, thread, blocks)
         phase = wait(team, phase)
 
         gate, up = batch.gate + thread * batch.chunk_stride, batch.up + thread * batch.chunk_stride
         chunks = _chunks(model.neurons, ROWS)
-        chunk = take(team, phase, chunks)
+        chunk = take(team, phase, thread, chunks)
         while chunk >= 0:
             start = ROWS * chunk
             _fire(model, weights, batch, start, min(model.neurons - start, ROWS), gate, up)
             if finish(team, chunks):
                 advance(team, phase)
-            chunk = take(team, phase, chunks)
+            chunk = take(team, phase, thread, chunks)
         phase = wait(team, phase)
 
         downs, strips, panel = weights.updown + model.down, model.width // STRIP, batch.panel + thread * 4 * 64 * 64
-        strip = take(team, phase, strips)
+        strip = take(team, phase, thread, strips)
         while strip >= 0:
             matrix = (downs, model.updown_stride, model.neurons, model.width, strip)
             call(model.down_strip, (*matrix, padded, batch.fired, 4 * model.neurons, panel, batch.delta, width))
             if finish(team, strips):
                 advance(team, phase)
-            strip = take(team, phase, strips)
+            strip = take(team, phase, thread, strips)
         phase = wait(team, phase)
 
-        block = take(team, phase, blocks)
+        block = take(team, phase, thread, blocks)
         while block >= 0:
             start, stop = TOKENS * block, min(count, TOKENS * block + TOKENS)
             _add_blocks(model, batch, weights.down_bias, weights.ffn_post_norm, start, stop)
@@ -230,13 +230,13 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
                 _inputs(model, model.final_norm, model.final_norm_bias, batch, start, stop, model.table_quantize)
             if finish(team, blocks):
                 advance(team, phase)
-            block = take(team, phase, blocks)
+            block = take(team, phase, thread, blocks)
         phase = wait(team, phase)
 
     wanted = batch.wanted + thread * (SCRATCH + 8)
     _last_vectors(x, padded - rows, model.table_integer, wanted)
     chunks = _chunks(model.vocab, _HEAD_ROWS)
-    chunk = take(team, phase, chunks)
+    chunk = take(team, phase, thread, chunks)
     while chunk >= 0:
         start = _HEAD_ROWS * chunk
         part, matrix = min(model.vocab - start, _HEAD_ROWS), model.head + start * model.table_stride
@@ -244,5 +244,5 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
         call(model.table_tokens, (matrix, model.table_stride, part, wanted, rows, out, 4 * model.vocab))
         if finish(team, chunks):
             advance(team, phase)
-        chunk = take(team, phase, chunks)
+        chunk = take(team, phase, thread, chunks)
     wait(team, phase)

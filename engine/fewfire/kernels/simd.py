@@ -1,9 +1,9 @@
 """Vectors of 256 bits as Numba values (`i8x32`, `i16x16`, `i32x8`, `f32x8`) and the few instructions that kernels need.
 
-Everything is target-independent LLVM IR, which any CPU can run, apart from reading float16 and the integer dot
-products: these have one definition per level of `level.py`. `plain` spells out what the others must compute, lane for
-lane. What differs between levels takes the level as an argument (`emit_...`), so that tests can compile it for CPUs
-that they do not run on. Addresses are plain integers (`array.ctypes.data` plus bytes); nothing here checks bounds.
+Everything is target-independent LLVM IR, which any CPU can run, apart from reading float16 and the integer products
+(`products.py`): these have one definition per level of `level.py`. `plain` spells out what the others must compute,
+lane for lane. What differs between levels takes the level as an argument (`emit_...`), so that tests can compile it for
+CPUs that they do not run on. Addresses are plain integers (`array.ctypes.data` plus bytes); nothing here checks bounds.
 """
 
 from collections.abc import Callable
@@ -34,11 +34,11 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, fe_type.llvm)
 
 
-_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-i8x32 = Vector("i8x32", _I8, 32)
-i16x16 = Vector("i16x16", _I16, 16)
-i32x8 = Vector("i32x8", _I32, 8)
-f32x8 = Vector("f32x8", _F32, 8)
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+i8x32 = Vector("i8x32", I8, 32)
+i16x16 = Vector("i16x16", I16, 16)
+i32x8 = Vector("i32x8", I32, 8)
+f32x8 = Vector("f32x8", F32, 8)
 
 
 def _vector(name: str) -> Vector:
@@ -69,27 +69,27 @@ def instruction(result: types.Type, *arguments: types.Type) -> Callable[[Callabl
     return wrap
 
 
-def _splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+def splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
     vector = ir.VectorType(value.type, lanes)
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
-def _constant(element: ir.Type, lanes: int, value: float) -> ir.Constant:
+def constant(element: ir.Type, lanes: int, value: float) -> ir.Constant:
     return ir.Constant(ir.VectorType(element, lanes), [value] * lanes)
 
 
-def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *values: ir.Value) -> ir.Value:
+def invoke(builder: ir.IRBuilder, name: str, result: ir.Type, *values: ir.Value) -> ir.Value:
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [v.type for v in values]), name)
     return builder.call(function, values)
 
 
-def _load(builder: ir.IRBuilder, address: ir.Value, vector: ir.Type) -> ir.Value:
+def load(builder: ir.IRBuilder, address: ir.Value, vector: ir.Type) -> ir.Value:
     return builder.load(builder.inttoptr(address, vector.as_pointer()), align=1)
 
 
-def _select_lanes(builder: ir.IRBuilder, vector: ir.Value, lanes: list[int]) -> ir.Value:
-    return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+def select_lanes(builder: ir.IRBuilder, vector: ir.Value, lanes: list[int]) -> ir.Value:
+    return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
 @intrinsic
@@ -112,19 +112,19 @@ def call(typing, address, arguments):
 @instruction(i8x32, types.intp)
 def load_i8x32(builder, address):
     """32 bytes at any alignment."""
-    return _load(builder, address, i8x32.llvm)
+    return load(builder, address, i8x32.llvm)
 
 
 @instruction(f32x8, types.intp)
 def load_f32x8(builder, address):
     """8 float32 at any alignment."""
-    return _load(builder, address, f32x8.llvm)
+    return load(builder, address, f32x8.llvm)
 
 
 @instruction(i32x8, types.intp)
 def load_i32x8(builder, address):
     """8 int32 at any alignment."""
-    return _load(builder, address, i32x8.llvm)
+    return load(builder, address, i32x8.llvm)
 
 
 @instruction(types.void, types.intp, f32x8)
@@ -136,96 +136,101 @@ def store_f32x8(builder, address, value):
 @instruction(i16x16, types.intp)
 def load_i16x16(builder, address):
     """16 int16 at any alignment."""
-    return _load(builder, address, i16x16.llvm)
+    return load(builder, address, i16x16.llvm)
 
 
 @instruction(i16x16, types.intp)
 def load_i8x16_as_i16(builder, address):
     """16 signed bytes, widened."""
-    return builder.sext(_load(builder, address, ir.VectorType(_I8, 16)), i16x16.llvm)
+    return builder.sext(load(builder, address, ir.VectorType(I8, 16)), i16x16.llvm)
 
 
 @instruction(types.int64, types.intp)
 def load_i64(builder, address):
-    return _load(builder, address, _I64)
+    return load(builder, address, I64)
 
 
 @instruction(types.void, types.intp, types.int64)
 def store_i64(builder, address, value):
-    builder.store(value, builder.inttoptr(address, _I64.as_pointer()), align=1)
+    builder.store(value, builder.inttoptr(address, I64.as_pointer()), align=1)
 
 
 @instruction(types.int64, types.intp)
 def load_i32(builder, address):
-    return builder.sext(_load(builder, address, _I32), _I64)
+    return builder.sext(load(builder, address, I32), I64)
+
+
+@instruction(types.void, types.intp, types.int64)
+def store_i32(builder, address, value):
+    builder.store(builder.trunc(value, I32), builder.inttoptr(address, I32.as_pointer()), align=1)
 
 
 @instruction(types.float32, types.intp)
 def load_f32(builder, address):
-    return _load(builder, address, _F32)
+    return load(builder, address, F32)
 
 
 @instruction(types.void, types.intp, types.float32)
 def store_f32(builder, address, value):
-    builder.store(value, builder.inttoptr(address, _F32.as_pointer()), align=1)
+    builder.store(value, builder.inttoptr(address, F32.as_pointer()), align=1)
 
 
 @instruction(types.int8, types.intp)
 def load_i8(builder, address):
-    return _load(builder, address, _I8)
+    return load(builder, address, I8)
 
 
 @instruction(f32x8, types.intp)
 def splat_f32_at(builder, address):
     """All lanes equal to one float32 in memory."""
-    return _splat(builder, _load(builder, address, _F32), 8)
+    return splat(builder, load(builder, address, F32), 8)
 
 
 @instruction(types.void, types.intp, f32x8)
 def store_rounded_i8x8(builder, address, value):
     """8 signed bytes, rounded to nearest even; the values must lie between -127 and 127."""
-    rounded = _call(builder, "llvm.rint.v8f32", f32x8.llvm, value)
-    narrow = builder.trunc(builder.fptosi(rounded, i32x8.llvm), ir.VectorType(_I8, 8))
+    rounded = invoke(builder, "llvm.rint.v8f32", f32x8.llvm, value)
+    narrow = builder.trunc(builder.fptosi(rounded, i32x8.llvm), ir.VectorType(I8, 8))
     builder.store(narrow, builder.inttoptr(address, narrow.type.as_pointer()), align=1)
 
 
 @instruction(types.void, types.intp)
 def prefetch(builder, address):
     """Asks for a cache line that will be read soon."""
-    pointer = builder.inttoptr(address, _I8.as_pointer())
-    read, keep, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
-    _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
+    pointer = builder.inttoptr(address, I8.as_pointer())
+    read, keep, data = (ir.Constant(I32, value) for value in (0, 3, 1))
+    invoke(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, read, keep, data)
 
 
 @instruction(types.void, types.intp, f32x8)
 def store_rounded_i16x8(builder, address, value):
     """8 int16, rounded to nearest even; the values must lie between -32767 and 32767."""
-    rounded = _call(builder, "llvm.rint.v8f32", f32x8.llvm, value)
-    narrow = builder.trunc(builder.fptosi(rounded, i32x8.llvm), ir.VectorType(_I16, 8))
+    rounded = invoke(builder, "llvm.rint.v8f32", f32x8.llvm, value)
+    narrow = builder.trunc(builder.fptosi(rounded, i32x8.llvm), ir.VectorType(I16, 8))
     builder.store(narrow, builder.inttoptr(address, narrow.type.as_pointer()), align=1)
 
 
 @instruction(types.void, types.intp, types.intp)
 def copy_4_bytes(builder, target, source):
-    builder.store(_load(builder, source, _I32), builder.inttoptr(target, _I32.as_pointer()), align=1)
+    builder.store(load(builder, source, I32), builder.inttoptr(target, I32.as_pointer()), align=1)
 
 
 @instruction(types.void, types.intp, types.intp)
 def copy_8_bytes(builder, target, source):
-    builder.store(_load(builder, source, _I64), builder.inttoptr(target, _I64.as_pointer()), align=1)
+    builder.store(load(builder, source, I64), builder.inttoptr(target, I64.as_pointer()), align=1)
 
 
 @instruction(f32x8, types.intp)
 def load_i8x8_as_f32(builder, address):
     """8 signed bytes, widened to float."""
-    return builder.sitofp(_load(builder, address, ir.VectorType(_I8, 8)), f32x8.llvm)
+    return builder.sitofp(load(builder, address, ir.VectorType(I8, 8)), f32x8.llvm)
 
 
 @instruction(f32x8, types.intp)
 def load_bf16x8(builder, address):
     """8 bfloat16, widened: they are the upper halves of float32."""
-    wide = builder.zext(_load(builder, address, ir.VectorType(_I16, 8)), i32x8.llvm)
-    return builder.bitcast(builder.shl(wide, _constant(_I32, 8, 16)), f32x8.llvm)
+    wide = builder.zext(load(builder, address, ir.VectorType(I16, 8)), i32x8.llvm)
+    return builder.bitcast(builder.shl(wide, constant(I32, 8, 16)), f32x8.llvm)
 
 
 def emit_half_to_float(builder: ir.IRBuilder, level: str, halves: ir.Value) -> ir.Value:
@@ -234,17 +239,17 @@ def emit_half_to_float(builder: ir.IRBuilder, level: str, halves: ir.Value) -> i
     # Moves exponent and mantissa into place and multiplies by 2^(127-15): exact, subnormals too, and
     # needs no half-float support of the CPU. The sign goes along separately.
     wide = builder.zext(halves, i32x8.llvm)
-    sign = builder.shl(builder.and_(wide, _constant(_I32, 8, 0x8000)), _constant(_I32, 8, 16))
-    rest = builder.shl(builder.and_(wide, _constant(_I32, 8, 0x7FFF)), _constant(_I32, 8, 13))
-    scaled = builder.fmul(builder.bitcast(rest, f32x8.llvm), _constant(_F32, 8, 2.0**112))
+    sign = builder.shl(builder.and_(wide, constant(I32, 8, 0x8000)), constant(I32, 8, 16))
+    rest = builder.shl(builder.and_(wide, constant(I32, 8, 0x7FFF)), constant(I32, 8, 13))
+    scaled = builder.fmul(builder.bitcast(rest, f32x8.llvm), constant(F32, 8, 2.0**112))
     return builder.bitcast(builder.or_(builder.bitcast(scaled, i32x8.llvm), sign), f32x8.llvm)
 
 
 def _half_loader(groups: int) -> Any:
     @instruction(f32x8, types.intp)
     def load_f16(builder, address):
-        halves = _load(builder, address, ir.VectorType(_I16, groups))
-        return emit_half_to_float(builder, LEVEL, _select_lanes(builder, halves, [i * groups // 8 for i in range(8)]))
+        halves = load(builder, address, ir.VectorType(I16, groups))
+        return emit_half_to_float(builder, LEVEL, select_lanes(builder, halves, [i * groups // 8 for i in range(8)]))
 
     return load_f16
 
@@ -256,13 +261,13 @@ load_f16x2 = _half_loader(2)  # 2 float16, each into four neighbouring lanes
 
 def _float_to_half(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     bits = builder.bitcast(value, i32x8.llvm)
-    sign = builder.and_(builder.lshr(bits, _constant(_I32, 8, 16)), _constant(_I32, 8, 0x8000))
-    size = _call(builder, "llvm.fabs.v8f32", f32x8.llvm, value)
-    size = _call(builder, "llvm.minnum.v8f32", f32x8.llvm, size, _constant(_F32, 8, 65504.0))
-    small = builder.bitcast(builder.fmul(size, _constant(_F32, 8, 2.0**-112)), i32x8.llvm)
-    odd = builder.and_(builder.lshr(small, _constant(_I32, 8, 13)), _constant(_I32, 8, 1))
-    rounded = builder.lshr(builder.add(builder.add(small, odd), _constant(_I32, 8, 0xFFF)), _constant(_I32, 8, 13))
-    return builder.trunc(builder.or_(rounded, sign), ir.VectorType(_I16, 8))
+    sign = builder.and_(builder.lshr(bits, constant(I32, 8, 16)), constant(I32, 8, 0x8000))
+    size = invoke(builder, "llvm.fabs.v8f32", f32x8.llvm, value)
+    size = invoke(builder, "llvm.minnum.v8f32", f32x8.llvm, size, constant(F32, 8, 65504.0))
+    small = builder.bitcast(builder.fmul(size, constant(F32, 8, 2.0**-112)), i32x8.llvm)
+    odd = builder.and_(builder.lshr(small, constant(I32, 8, 13)), constant(I32, 8, 1))
+    rounded = builder.lshr(builder.add(builder.add(small, odd), constant(I32, 8, 0xFFF)), constant(I32, 8, 13))
+    return builder.trunc(builder.or_(rounded, sign), ir.VectorType(I16, 8))
 
 
 @instruction(types.void, types.intp, f32x8)
@@ -284,19 +289,19 @@ def round_to_f16(builder, value):
 @instruction(f32x8, types.float32)
 def splat_f32(builder, value):
     """All lanes equal to a scalar."""
-    return _splat(builder, value, 8)
+    return splat(builder, value, 8)
 
 
 @instruction(i32x8)
 def zeros_i32(builder):
     """All lanes zero."""
-    return _constant(_I32, 8, 0)
+    return constant(I32, 8, 0)
 
 
 @instruction(f32x8, f32x8, f32x8, f32x8)
 def fma(builder, a, b, c):
     """a * b + c, fused where the CPU can."""
-    return _call(builder, "llvm.fmuladd.v8f32", f32x8.llvm, a, b, c)
+    return invoke(builder, "llvm.fmuladd.v8f32", f32x8.llvm, a, b, c)
 
 
 @instruction(f32x8, f32x8, f32x8)
@@ -321,52 +326,52 @@ def divide(builder, a, b):
 
 @instruction(f32x8, f32x8, f32x8)
 def maximum(builder, a, b):
-    return _call(builder, "llvm.maxnum.v8f32", f32x8.llvm, a, b)
+    return invoke(builder, "llvm.maxnum.v8f32", f32x8.llvm, a, b)
 
 
 @instruction(f32x8, f32x8, f32x8)
 def minimum(builder, a, b):
-    return _call(builder, "llvm.minnum.v8f32", f32x8.llvm, a, b)
+    return invoke(builder, "llvm.minnum.v8f32", f32x8.llvm, a, b)
 
 
 @instruction(f32x8, f32x8)
 def absolute(builder, value):
-    return _call(builder, "llvm.fabs.v8f32", f32x8.llvm, value)
+    return invoke(builder, "llvm.fabs.v8f32", f32x8.llvm, value)
 
 
 @instruction(f32x8, f32x8)
 def rint(builder, value):
     """Rounded to the nearest integer, ties to even."""
-    return _call(builder, "llvm.rint.v8f32", f32x8.llvm, value)
+    return invoke(builder, "llvm.rint.v8f32", f32x8.llvm, value)
 
 
 @instruction(f32x8, f32x8, f32x8)
 def where_over(builder, value, threshold):
     """Lanes over the threshold, zero elsewhere."""
-    return builder.select(builder.fcmp_ordered(">", value, threshold), value, _constant(_F32, 8, 0.0))
+    return builder.select(builder.fcmp_ordered(">", value, threshold), value, constant(F32, 8, 0.0))
 
 
 @instruction(f32x8, f32x8, f32x8)
 def times_power_of_two(builder, value, exponent):
     """value * 2**exponent, by addition to the exponent bits; the result must be a normal number."""
-    bits = builder.shl(builder.fptosi(exponent, i32x8.llvm), _constant(_I32, 8, 23))
+    bits = builder.shl(builder.fptosi(exponent, i32x8.llvm), constant(I32, 8, 23))
     return builder.bitcast(builder.add(builder.bitcast(value, i32x8.llvm), bits), f32x8.llvm)
 
 
 @instruction(i8x32)
 def ones_i8(builder):
     """All bytes 1."""
-    return _constant(_I8, 32, 1)
+    return constant(I8, 32, 1)
 
 
 @instruction(types.float32, f32x8)
 def max_lane(builder, value):
     """The largest of the 8 lanes."""
     for half in (4, 2, 1):
-        low = _select_lanes(builder, value, list(range(half)))
-        high = _select_lanes(builder, value, list(range(half, 2 * half)))
-        value = _call(builder, f"llvm.maxnum.v{half}f32", low.type, low, high)
-    return builder.extract_element(value, ir.Constant(_I32, 0))
+        low = select_lanes(builder, value, list(range(half)))
+        high = select_lanes(builder, value, list(range(half, 2 * half)))
+        value = invoke(builder, f"llvm.maxnum.v{half}f32", low.type, low, high)
+    return builder.extract_element(value, ir.Constant(I32, 0))
 
 
 @instruction(f32x8, i32x8)
@@ -377,132 +382,14 @@ def to_f32(builder, value):
 
 @instruction(types.float32, f32x8)
 def first_lane(builder, value):
-    return builder.extract_element(value, ir.Constant(_I32, 0))
+    return builder.extract_element(value, ir.Constant(I32, 0))
 
 
 @instruction(types.float32, f32x8)
 def sum_lanes(builder, value):
     """Sum of the 8 lanes, halves first (the order is the same at every level)."""
     for half in (4, 2, 1):
-        low = _select_lanes(builder, value, list(range(half)))
-        high = _select_lanes(builder, value, list(range(half, 2 * half)))
+        low = select_lanes(builder, value, list(range(half)))
+        high = select_lanes(builder, value, list(range(half, 2 * half)))
         value = builder.fadd(low, high)
-    return builder.extract_element(value, ir.Constant(_I32, 0))
-
-
-# --- integer dot products -------------------------------------------------------
-
-
-def _reshape_add(builder: ir.IRBuilder, products: ir.Value) -> ir.Value:
-    """Sums of four neighbours: <32 x i32> to <8 x i32>."""
-    parts = [_select_lanes(builder, products, list(range(k, 32, 4))) for k in range(4)]
-    return builder.add(builder.add(parts[0], parts[1]), builder.add(parts[2], parts[3]))
-
-
-def _dot_plain(builder: ir.IRBuilder, acc: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
-    wide = ir.VectorType(_I32, 32)
-    return builder.add(acc, _reshape_add(builder, builder.mul(builder.sext(a, wide), builder.sext(b, wide))))
-
-
-def _dot_neon(builder: ir.IRBuilder, acc: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
-    halves = []
-    for half in (0, 1):
-        lanes, bytes_ = range(4 * half, 4 * half + 4), range(16 * half, 16 * half + 16)
-        part = _select_lanes(builder, acc, list(lanes))
-        ab = [_select_lanes(builder, v, list(bytes_)) for v in (a, b)]
-        halves.append(_call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", part.type, part, *ab))
-    return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(_I32, 8), list(range(8))))
-
-
-def _dot_vnni(builder: ir.IRBuilder, acc: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
-    # LLVM 22 has the bytes as <32 x i8>, older ones as <8 x i32>; it still reads the older form.
-    words = [builder.bitcast(v, i32x8.llvm) for v in (unsigned, signed)]
-    return _call(builder, "llvm.x86.avx512.vpdpbusd.256", i32x8.llvm, acc, *words)
-
-
-def _pairs_avx2(builder: ir.IRBuilder, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
-    """Sums of two products as 16-bit lanes (saturating: the callers' ranges rule that out)."""
-    return _call(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(_I16, 16), unsigned, signed)
-
-
-def _widen_avx2(builder: ir.IRBuilder, pairs: ir.Value) -> ir.Value:
-    return _call(builder, "llvm.x86.avx2.pmadd.wd", i32x8.llvm, pairs, _constant(_I16, 16, 1))
-
-
-def emit_dot_i16(builder: ir.IRBuilder, level: str, acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
-    if level in ("vnni", "avx2"):  # LLVM makes vpdpwssd of the pair where there is VNNI
-        return builder.add(acc, _call(builder, "llvm.x86.avx2.pmadd.wd", i32x8.llvm, w, x))
-    wide = ir.VectorType(_I32, 16)
-    products = builder.mul(builder.sext(w, wide), builder.sext(x, wide))
-    even, odd = (_select_lanes(builder, products, list(range(k, 16, 2))) for k in (0, 1))
-    return builder.add(acc, builder.add(even, odd))
-
-
-@instruction(i32x8, i32x8, i16x16, i16x16)
-def dot_i16(builder, acc, w, x):
-    """acc[l] + w[2l] * x[2l] + w[2l + 1] * x[2l + 1]."""
-    return emit_dot_i16(builder, LEVEL, acc, w, x)
-
-
-@instruction(i32x8, i32x8, i32x8)
-def sum_pairs(builder, low, high):
-    """Sums of neighbouring lanes, of the first register and then of the second."""
-    even, odd = (ir.Constant(ir.VectorType(_I32, 8), list(range(k, 16, 2))) for k in (0, 1))
-    return builder.add(builder.shuffle_vector(low, high, even), builder.shuffle_vector(low, high, odd))
-
-
-def emit_dot_u4(builder: ir.IRBuilder, level: str, acc: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
-    if level == "vnni":
-        return _dot_vnni(builder, acc, w, x)
-    if level == "avx2":
-        pairs = builder.add(builder.bitcast(acc, ir.VectorType(_I16, 16)), _pairs_avx2(builder, w, x))
-        return builder.bitcast(pairs, i32x8.llvm)
-    return (_dot_neon if level == "neon" else _dot_plain)(builder, acc, w, x)
-
-
-@instruction(i32x8, i32x8, i8x32, i8x32)
-def dot_u4(builder, acc, w, x):
-    """acc[l] + sum of w[4l + k] * x[4l + k], k < 4; w from 0 to 15, x from -127 to 127.
-
-    Up to eight times on an accumulator that starts at zero; then `settle` it.
-
-    Between the calls the accumulator's contents are the level's own affair: avx2 keeps 16-bit sums of pairs
-    (8 * 2 * 15 * 127 = 30480 fits), which saves one widening per call.
-    """
-    return emit_dot_u4(builder, LEVEL, acc, w, x)
-
-
-def emit_settle(builder: ir.IRBuilder, level: str, acc: ir.Value) -> ir.Value:
-    if level == "avx2":
-        return _widen_avx2(builder, builder.bitcast(acc, ir.VectorType(_I16, 16)))
-    return acc
-
-
-@instruction(i32x8, i32x8)
-def settle(builder, acc):
-    """The 32-bit lane sums of an accumulator of `dot_u4`."""
-    return emit_settle(builder, LEVEL, acc)
-
-
-@instruction(i8x32, i8x32)
-def low_nibbles(builder, packed):
-    return builder.and_(packed, _constant(_I8, 32, 15))
-
-
-@instruction(i8x32, i8x32)
-def high_nibbles(builder, packed):
-    return builder.lshr(packed, _constant(_I8, 32, 4))
-
-
-def _nibble(number: int) -> Any:
-    @instruction(f32x8, i32x8)
-    def nibble(builder, packed):
-        """One nibble of each 32-bit lane, as float."""
-        down = builder.lshr(packed, _constant(_I32, 8, 4 * number))
-        return builder.sitofp(builder.and_(down, _constant(_I32, 8, 15)), f32x8.llvm)
-
-    return nibble
-
-
-nibble_0, nibble_1, nibble_2, nibble_3 = (_nibble(n) for n in range(4))
-nibble_4, nibble_5, nibble_6, nibble_7 = (_nibble(n) for n in range(4, 8))
+    return builder.extract_element(value, ir.Constant(I32, 0))

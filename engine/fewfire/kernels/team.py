@@ -6,8 +6,12 @@ opens the next phase. So nobody waits for a thread that holds no chunk: one that
 phases closed when it comes back, and skips them until it has caught up. This is what keeps decoding alive on a busy
 machine, and why results do not depend on the number of threads.
 
-The shared state is one int64 array. `TICKET` holds `phase << 20 | chunks taken`; phases only ever grow, so a late
-thread's compare-and-swap cannot take a chunk of another phase. `DONE` counts the finished chunks of the open phase.
+A phase's chunks are shared out into one region per thread. A thread goes through its own region from the beginning,
+where one chunk's memory follows that of the one before, and then helps out in the regions of others.
+
+The shared state is one int64 array. `PHASE` is the number of the open phase, `DONE` counts its finished chunks, and a
+word for each region, from `TICKETS` on, holds `phase << 20 | chunks taken`. Phases only ever grow, so a late thread's
+compare-and-swap cannot take a chunk of another phase.
 """
 
 import platform
@@ -20,21 +24,24 @@ from numba.core import cgutils, types
 from fewfire.kernels.compile import inline
 from fewfire.kernels.simd import instruction
 
-TICKET, DONE, SIZE = 0, 16, 32  # in int64: each word has cache lines of its own
+# In int64: each word has cache lines of its own.
+REGIONS, PHASE, DONE, TICKETS, _STEP = 0, 16, 32, 48, 16
 _SHIFT = 20
 _MASK = (1 << _SHIFT) - 1
 _NOTHING = ir.FunctionType(ir.VoidType(), [])
 _SPINS = 1000  # some 20 us of polling before the core is offered to others
 
 
-def new_team() -> np.ndarray:
+def new_team(threads: int) -> np.ndarray:
     """The shared state of one team, before its first phase (phase 0)."""
-    return np.zeros(SIZE, np.int64)
+    team = np.zeros(TICKETS + threads * _STEP, np.int64)
+    team[REGIONS] = threads
+    return team
 
 
 def next_phase(team: np.ndarray) -> int:
     """The number of the phase that is open now. Call it while no thread is at work."""
-    return int(team[TICKET]) >> _SHIFT
+    return int(team[PHASE])
 
 
 def _word(builder, address):
@@ -82,15 +89,27 @@ def _pause(builder):
 
 
 @inline
-def take(team, phase, chunks):
+def region_of(team, chunk, chunks):
+    """The first chunk of the region that a chunk belongs to, and the first that does not belong to it any more."""
+    regions = team[REGIONS]
+    region = (regions * (chunk + 1) - 1) // chunks
+    return chunks * region // regions, chunks * (region + 1) // regions
+
+
+@inline
+def take(team, phase, thread, chunks):
     """The number of a chunk of this phase that is now the caller's, or -1 if none is left."""
-    address = team.ctypes.data
-    while True:
+    regions = team[REGIONS]
+    for i in range(regions):
+        region = (thread + i) % regions
+        start, stop = chunks * region // regions, chunks * (region + 1) // regions
+        address = team.ctypes.data + 8 * (TICKETS + region * _STEP)
         ticket = _load(address)
-        if ticket >> _SHIFT != phase or (ticket & _MASK) >= chunks:
-            return -1
-        if _swap_if_equal(address, ticket, ticket + 1):
-            return ticket & _MASK
+        while ticket >> _SHIFT == phase and start + (ticket & _MASK) < stop:
+            if _swap_if_equal(address, ticket, ticket + 1):
+                return start + (ticket & _MASK)
+            ticket = _load(address)
+    return -1
 
 
 @inline
@@ -103,15 +122,17 @@ def finish(team, chunks):
 def advance(team, phase):
     """Closes a phase whose chunks are all done, and opens the next."""
     _store(team.ctypes.data + 8 * DONE, 0)
-    _store(team.ctypes.data, (phase + 1) << _SHIFT)
+    for region in range(team[REGIONS]):
+        _store(team.ctypes.data + 8 * (TICKETS + region * _STEP), (phase + 1) << _SHIFT)
+    _store(team.ctypes.data + 8 * PHASE, phase + 1)
 
 
 @inline
 def wait(team, phase):
     """Returns the next phase's number once this one is closed."""
-    address = team.ctypes.data
+    address = team.ctypes.data + 8 * PHASE
     spins = 0
-    while _load(address) >> _SHIFT == phase:
+    while _load(address) == phase:
         spins += 1
         _pause()
         if spins > _SPINS:

@@ -10,7 +10,7 @@ import pytest
 from llvmlite import ir
 from numba import types
 
-from fewfire.kernels import simd
+from fewfire.kernels import products, simd
 from fewfire.kernels.compile import primitive
 
 X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
@@ -46,11 +46,20 @@ def assembly(target: str, emit: Callable[..., ir.Value], result: ir.Type, *argum
 
 
 def dot_i16(target: str) -> str:
-    return assembly(target, simd.emit_dot_i16, INTEGERS, INTEGERS, SHORTS, SHORTS)
+    return assembly(target, products.emit_dot_i16, INTEGERS, INTEGERS, SHORTS, SHORTS)
 
 
 def dot_u4(target: str) -> str:
-    return assembly(target, simd.emit_dot_u4, INTEGERS, INTEGERS, BYTES, BYTES)
+    return assembly(target, products.emit_dot_u4, INTEGERS, INTEGERS, BYTES, BYTES)
+
+
+def add_pairs_u4(target: str) -> str:
+    return assembly(target, products.emit_add_pairs_u4, SHORTS, SHORTS, BYTES, BYTES)
+
+
+@pytest.mark.parametrize("target", ["avx512", "avxvnni", "avx2"])
+def test_pairs_of_rows_take_one_multiplication(target: str) -> None:
+    assert add_pairs_u4(target).count("vpmaddubsw") == 1
 
 
 @pytest.mark.parametrize("target", ["avx512", "avxvnni"])
@@ -62,7 +71,7 @@ def test_vnni(target: str) -> None:
 def test_avx2() -> None:
     assert dot_u4("avx2").count("vpmaddubsw") == dot_i16("avx2").count("vpmaddwd") == 1
     assert "vpmaddwd" not in dot_u4("avx2"), "widening is left to `settle`"
-    assert "vpmaddwd" in assembly("avx2", simd.emit_settle, INTEGERS, INTEGERS)
+    assert "vpmaddwd" in assembly("avx2", products.emit_settle, INTEGERS, INTEGERS)
 
 
 def test_neon() -> None:
@@ -72,7 +81,7 @@ def test_neon() -> None:
 
 @pytest.mark.parametrize("target", ["plain x86", "plain arm"])
 def test_plain_needs_nothing_special(target: str) -> None:
-    for code in (dot_i16(target), dot_u4(target)):
+    for code in (dot_i16(target), dot_u4(target), add_pairs_u4(target)):
         assert not any(name in code for name in ("ymm", "vpdpbusd", "sdot"))
 
 

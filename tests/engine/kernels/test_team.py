@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 import pytest
 
-from fewfire.kernels.team import DONE, TICKET, advance, finish, new_team, next_phase, take, wait
+from fewfire.kernels.team import DONE, advance, finish, new_team, next_phase, region_of, take, wait
 from fewfire.team import Team
 
 
@@ -19,7 +18,7 @@ def walk(team: Any, phase: int, thread: int, chunks: Any, values: Any, done: Any
     """values[step, chunk] mixes all values of the step before, so any chunk that is early, late or doubled shows."""
     for step in range(chunks.size):
         count = chunks[step]
-        chunk = take(team, phase, count)
+        chunk = take(team, phase, thread, count)
         while chunk >= 0:
             mixed = chunk + 1
             for i in range(values.shape[1]):
@@ -31,7 +30,7 @@ def walk(team: Any, phase: int, thread: int, chunks: Any, values: Any, done: Any
             if finish(team, count):
                 closed[step] += values[step + 1].sum()
                 advance(team, phase)
-            chunk = take(team, phase, count)
+            chunk = take(team, phase, thread, count)
         phase = wait(team, phase)
 
 
@@ -57,15 +56,15 @@ def test_any_number_of_threads(threads: int, random: np.random.Generator) -> Non
     for _ in range(5):
         seed = int(random.integers(1 << 30))
         expected, found = arguments(seed), arguments(seed)
-        walk(new_team(), 0, 0, *expected)
+        walk(new_team(1), 0, 0, *expected)
         team.run(walk, *found)
         check(found, expected)
 
 
 def test_threads_that_come_at_any_time(random: np.random.Generator) -> None:
     """One works alone for a while; others join in the middle, and one when all is over."""
-    expected, found, team = arguments(7, 2000, 300), arguments(7, 2000, 300), new_team()
-    walk(new_team(), 0, 0, *expected)
+    expected, found, team = arguments(7, 2000, 300), arguments(7, 2000, 300), new_team(1)
+    walk(new_team(1), 0, 0, *expected)
 
     def late(thread: int, delay: float) -> threading.Thread:
         return threading.Timer(delay, walk, (team, 0, thread, *found))
@@ -83,24 +82,36 @@ def test_threads_that_come_at_any_time(random: np.random.Generator) -> None:
 
 
 def test_chunks_are_those_of_the_open_phase() -> None:
-    takes = compiled(take, 3)
-    finishes, advances, waits = compiled(finish, 2), compiled(advance, 2), compiled(wait, 2)
-    team = new_team()
+    takes = numba.njit(lambda a, b, c, d: take(a, b, c, d))  # pieces of kernels have no entry from Python of their own
+    finishes, advances, waits = (numba.njit(lambda a, b, f=f: f(a, b)) for f in (finish, advance, wait))
+    team = new_team(2)
     assert next_phase(team) == 0
-    assert [takes(team, 0, 2), takes(team, 1, 2), takes(team, 0, 2), takes(team, 0, 2)] == [0, -1, 1, -1]
+    assert [takes(team, 0, 0, 4), takes(team, 1, 0, 4), takes(team, 0, 1, 4)] == [0, -1, 2]
+    assert [takes(team, 0, 0, 4), takes(team, 0, 0, 4), takes(team, 0, 0, 4)] == [1, 3, -1], "then those of the other"
     assert [bool(finishes(team, 2)), bool(finishes(team, 2))] == [False, True]
     assert team[DONE] == 2
     advances(team, 0)
     assert team[DONE] == 0
     assert next_phase(team) == 1
     assert waits(team, 0) == 1, "closed already"
-    assert takes(team, 0, 2) == -1
-    assert takes(team, 1, 2) == 0
-    assert int(team[TICKET]) & 1 == 1
+    assert takes(team, 0, 0, 2) == -1
+    assert takes(team, 1, 0, 2) == 0
 
 
-def compiled(function: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """Pieces of kernels have no entry from Python of their own."""
-    if count == 2:
-        return numba.njit(lambda a, b: function(a, b))
-    return numba.njit(lambda a, b, c: function(a, b, c))
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_regions_are_where_chunks_are_taken_from(threads: int) -> None:
+    takes = numba.njit(lambda a, b, c, d: take(a, b, c, d))
+    regions = numba.njit(lambda a, b, c: region_of(a, b, c))
+    for chunks in (1, 2, 5, 16, 33):
+        team, taken = new_team(threads), []
+        for thread in range(threads):
+            first = takes(team, 0, thread, chunks)
+            if first >= 0:
+                start, stop = regions(team, first, chunks)
+                assert start <= first < stop
+                taken.append(first)
+        while (chunk := takes(team, 0, 0, chunks)) >= 0:
+            taken.append(chunk)
+        assert sorted(taken) == list(range(chunks))
+        bounds = {regions(team, chunk, chunks) for chunk in range(chunks)}
+        assert sorted(c for start, stop in bounds for c in range(start, stop)) == list(range(chunks))
