@@ -57,8 +57,10 @@ def _decode(result: Result) -> str:
         " with all engines in turn; medians (lowest..highest). MB/token: the weights, keys and values that a token"
         " reads; of bandwidth: that times the speed, over what streaming reads reached in the same run."
     )
-    engines = "\n\n".join([decode.speed_table(result), decode.ratio_table(result, all_pairs=False)])
-    return _section(f"Speed, {result['model']}", about, engines, decode.bandwidth_line(result), result=result)
+    tables = [decode.speed_table(result), decode.ratio_table(result, all_pairs=False)]
+    starts = [_START, start.start_table(result["starts"])] if result.get("starts") else []
+    line = decode.bandwidth_line(result)
+    return _section(f"Speed, {result['model']}", about, *tables, line, *starts, result=result)
 
 
 def _quality(result: Result) -> str:
@@ -72,11 +74,19 @@ def _quality(result: Result) -> str:
 
 def _start(result: Result) -> str:
     about = (
-        "Seconds from starting the process (`fewfire generate`) to the first byte of the answer, and memory after"
-        f" {start.TOKENS} tokens, with the mapped weights in it; of {_plural(result['runs']['warm'], 'warm start')} and"
-        f" {result['runs']['cold']} of each cold kind."
+        f"{_START} Of {_plural(result['runs']['warm'], 'warm start')} and {result['runs']['cold']} of each cold kind,"
+        f" with {_plural(result['threads'], 'thread')}."
     )
-    return _section(f"First token and memory, {result['model']}", about, start.start_table(result), result=result)
+    table = start.start_table(result["contenders"])
+    return _section(f"First token and memory, {result['model']}", about, table, result=result)
+
+
+_START = (
+    "Seconds from starting the process to the first byte of the answer, and memory after"
+    f" {start.TOKENS} tokens, with mapped weights in it. fewfire: `fewfire generate`, warm, with no kernels compiled"
+    " (the first start ever) and with no model packed either; other engines: the least code that loads a converted"
+    " model and reads the same prompt, which is the same for every start."
+)
 
 
 def _agree(result: Result) -> str:
