@@ -104,8 +104,9 @@ def _agree(result: Result) -> str:
 def _kernels(result: Result) -> str:
     about = (
         f"Dot products (gather_dot) and scaled sums (gather_axpy) of listed rows out of {result['megabytes']} MB of"
-        " them, by random lists that are new each time: GB/s over the bytes of the listed rows, and of a streaming read"
-        " in the same run. Of the formats and row lengths measured, the usual ones."
+        " them, by random lists that are new each time: GB/s over the bytes of the listed rows, its share of a"
+        " streaming read in the same run, and of a gathered read, which loads one word of each cache line of the same"
+        " rows and does nothing else. Of the formats and row lengths measured, the usual ones."
     )
     usual = result | {part: [r for r in result[part] if _is_usual(r)] for part in ("speeds", "full_lists")}
     lists = "What listing every row costs, over the same loop without a list, with one thread:"
