@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from perf import busy, decode, growth, kernels, quality, start
+from perf import busy, decode, growth, kernels, profile, quality, start
 from perf.results import BUSY, read_all
 
 README = Path(__file__).parents[1] / "README.md"
@@ -118,6 +118,16 @@ def _is_usual(row: dict[str, Any]) -> bool:
     return row["weights"] in ("q4", "q8") and row["columns"] in (2048, 4096)
 
 
+def _profile(result: Result) -> str:
+    about = (
+        f"A token decoded by one thread at the end of a context of {result['context']} tokens, part by part, in the"
+        " engine's own loop with probes in it; floor: the part's bytes over the bandwidth of a streaming read in the"
+        f" same run; {_plural(result['rounds'], 'round')}, medians (lowest..highest)."
+    )
+    tables = profile.profile_table(result), profile.bandwidth_line(result)
+    return _section(f"A token's time, {result['model']}, {result['weights']}", about, *tables, result=result)
+
+
 def _growth(result: Result) -> str:
     about = (
         f"Milliseconds for each of {_plural(result['tokens'], 'token')} decoded at the end of a context; floor: the"
@@ -141,6 +151,7 @@ _SECTIONS: dict[str, Callable[[Result], str]] = {
     "decode": _decode,
     "growth": _growth,
     "busy": _busy,
+    "profile": _profile,
     "kernels": _kernels,
     "quality": _quality,
     "start": _start,

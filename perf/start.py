@@ -32,7 +32,7 @@ from fewfire.generate import prompt_ids
 from fewfire.packed import is_packed
 from fewfire.sources import resolve
 from fewfire.team import default_threads
-from perf import machine, results
+from perf import machine, results, synthetic
 from perf.peers import AbsentError, Request
 from perf.spread import Spread, shown, spread
 from perf.status import say
@@ -102,7 +102,7 @@ def starter(name: str, request: Request, ids: Sequence[int]) -> Starter:
         raise ValueError(f"unknown engine {name!r}: use fewfire, llama.cpp, transformers or ctranslate2")
     numbers = [str(n) for n in (request.threads, TOKENS, *ids)]
     command = timed = [sys.executable, "-m", "perf.firsttoken", engine, str(path), form, *numbers]
-    if engine == "fewfire":
+    if engine == "fewfire" and not synthetic.is_made(request.source):  # random weights may say nothing that is text
         options = ["--max-tokens", str(TOKENS), "--weights", form, "--threads", str(request.threads)]
         timed = [sys.executable, "-m", "fewfire_cli", "generate", str(path), PROMPT, *options]
     return Starter(name, request.threads, command, timed, _megabytes(files), keep)

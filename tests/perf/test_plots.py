@@ -12,7 +12,7 @@ SPREAD = {"median": 2.0, "min": 1.0, "max": 3.0}
 
 
 def _point(model: str, parameters: int, context: int) -> dict:
-    return {"model": model, "parameters": parameters, "context": context, "weights": "q4", "threads": 1,
+    return {"model": model, "parameters": parameters, "context": context, "name": "fewfire:q4", "threads": 1,
             "milliseconds_per_token": SPREAD, "floor_milliseconds": 1.5}  # fmt: skip
 
 
