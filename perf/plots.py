@@ -49,26 +49,38 @@ def draw(measured: dict[str, Result], directory: Path) -> list[Path]:
 
 
 def _decode(result: Result) -> Figure:
-    """Bars of tokens/s, the engines from top to bottom, one colour for each number of threads."""
-    names = list(dict.fromkeys(c["name"] for c in result["contenders"]))
-    threads = sorted({c["threads"] for c in result["contenders"]})
-    figure, axes = plt.subplots(figsize=(6, 0.6 + 0.42 * len(names)))
-    height = 0.8 / len(threads)
-    for number, count in enumerate(threads):
-        chosen = [c for c in result["contenders"] if c["threads"] == count]
-        speeds = [c["decode_tokens_per_second"] for c in chosen]
-        medians = [s["median"] for s in speeds]
-        reach = [[s["median"] - s["min"] for s in speeds], [s["max"] - s["median"] for s in speeds]]
-        at = [names.index(c["name"]) + height * number for c in chosen]
-        bars = axes.barh(at, medians, height, color=_COLORS[number], label=_threads(count))
+    """Bars of tokens/s, one colour for each number of threads."""
+    rows = [(c["name"], _threads(c["threads"]), c["decode_tokens_per_second"]) for c in result["contenders"]]
+    return _bars(rows, f"decode, tokens/s ({result['model']})")
+
+
+def _busy(result: Result) -> Figure:
+    """Bars of tokens/s, one colour for each number of busy processes beside."""
+    rows = [
+        (r["name"], f"{r['busy']} busy process" + ("es" if r["busy"] != 1 else ""), r["tokens_per_second"])
+        for r in result["speeds"]
+    ]
+    return _bars(rows, f"decode, tokens/s ({result['model']}, {_threads(result['threads'])})")
+
+
+def _bars(rows: list[tuple[str, str, Result]], label: str) -> Figure:
+    """Bars with their spread: names from top to bottom, one colour for each group."""
+    names, groups = (list(dict.fromkeys(row[i] for row in rows)) for i in (0, 1))
+    height = 0.8 / len(groups)
+    figure, axes = plt.subplots(figsize=(6, 0.6 + 0.21 * len(names) * max(2, len(groups))))
+    for number, group in enumerate(groups):
+        chosen = [(name, speed) for name, its_group, speed in rows if its_group == group]
+        medians = [s["median"] for _, s in chosen]
+        reach = [[s["median"] - s["min"] for _, s in chosen], [s["max"] - s["median"] for _, s in chosen]]
+        at = [names.index(name) + height * number for name, _ in chosen]
+        bars = axes.barh(at, medians, height, color=_COLORS[number], label=group)
         axes.errorbar(medians, at, xerr=reach, fmt="none", ecolor="#333333", elinewidth=0.8)
         axes.bar_label(bars, [f"{m:.0f}" for m in medians], label_type="center", color="white", fontsize=7)
-    axes.set_yticks([i + height * (len(threads) - 1) / 2 for i in range(len(names))], names)
+    axes.set_yticks([i + height * (len(groups) - 1) / 2 for i in range(len(names))], names)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"decode, tokens/s ({result['model']})")
-    axes.legend()
-    return figure
+    axes.set_xlabel(label)
+    return _with_legend(figure, axes)
 
 
 def _context(result: Result) -> Figure | None:
@@ -85,8 +97,8 @@ def _context(result: Result) -> Figure | None:
             _curves(axes, points, "context")
             axes.set_xscale("log", base=2)
             _ticks(axes.xaxis, {p["context"]: f"{p['context']:,}" for p in points})
-            axes.set_ylim(bottom=0)
             axes.set_title(f"{model.split(',')[0]}, {_threads(count)}", fontsize=8)
+        row[0].set_ylim(bottom=0)  # of the whole row, so not before all curves are there
         row[0].set_ylabel("ms per token")
     for axes in panels[-1]:
         axes.set_xlabel("context, tokens")
@@ -145,16 +157,16 @@ def _densities(result: Result) -> Figure:
         axes.set_xscale("log")
         _ticks(axes.xaxis, {d: f"{d:g}" for d in result["densities"]})
         axes.axhline(1, color="#333333", linewidth=0.8)
-        axes.set_ylim(bottom=0)
         axes.set_xlabel("density (share of rows listed)")
         axes.set_title(f"{kernel}, {_threads(threads)}", fontsize=8)
+    panels[0][0].set_ylim(bottom=0)
     panels[0][0].set_ylabel("GB/s over a streaming read's")
-    panels[0][-1].legend(fontsize=6)
-    return figure
+    return _with_legend(figure, panels[0][0])
 
 
 _PICTURES: dict[str, dict[str, Callable[[Result], Figure | None]]] = {
     "decode": {"": _decode},
+    "busy": {"": _busy},
     "growth": {"-context": _context, "-size": _sizes},
     "kernels": {"": _densities},
 }
