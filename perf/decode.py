@@ -1,8 +1,9 @@
 """Decode and prefill speed of fewfire and its peers, interleaved: `python -m perf.decode`.
 
 In each round every contender reads a prompt and then decodes; the order turns round from round to round, so that a
-slow minute of the machine hits all alike. Streaming bandwidth is measured in the same rounds. Results go to
-perf/results/NAME.json and as a table to the terminal.
+slow minute of the machine hits all alike. Streaming bandwidth is measured in the same rounds. Then each is started in a
+process of its own, for the time to the first token and its memory (`start.py`). Results go to perf/results/NAME.json
+and as tables to the terminal.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import argparse
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import fewfire
 from fewfire.team import default_threads
-from perf import machine, results
+from perf import machine, results, start
 from perf.peers import Contender, Request, load_all
 from perf.prompts import prose
 from perf.spread import pairwise, rounded, shown, spread
@@ -23,7 +25,8 @@ from perf.status import say
 from perf.table import table
 
 USUAL = ("fewfire:q4", "llama.cpp:Q4_0", "fewfire:q8", "llama.cpp:Q8_0")
-_EQUAL_BITS = {"fewfire:q4": "llama.cpp:Q4_0", "fewfire:q8": "llama.cpp:Q8_0"}
+ALL = (*USUAL, "fewfire:f32", "transformers:f32", "transformers:bf16", "ctranslate2:int8")
+_EQUAL_BITS = {"fewfire:q4": "llama.cpp:Q4_0", "fewfire:q8": "llama.cpp:Q8_0", "fewfire:f32": "transformers:f32"}
 
 
 @dataclass
@@ -76,6 +79,7 @@ def summary(
 def ratios(contenders: list[Contender], samples: list[Samples]) -> list[dict[str, Any]]:
     """How many times as fast each fewfire is as each peer with as many threads."""
     out: list[dict[str, Any]] = []
+    best = _best_prefill(contenders, samples)
     for ours, our in zip(contenders, samples, strict=True):
         for theirs, their in zip(contenders, samples, strict=True):
             if not ours.name.startswith("fewfire") or theirs.name.startswith("fewfire"):
@@ -87,11 +91,21 @@ def ratios(contenders: list[Contender], samples: list[Samples]) -> list[dict[str
                         "peer": theirs.name,
                         "threads": ours.threads,
                         "equal_bits": _EQUAL_BITS.get(ours.name) == theirs.name,
+                        "best_prefill": theirs.name == best[theirs.name.partition(":")[0], theirs.threads],
                         "prefill": pairwise(their.prefill, our.prefill),
                         "decode": pairwise(their.decode, our.decode),
                     }
                 )
     return out
+
+
+def _best_prefill(contenders: list[Contender], samples: list[Samples]) -> dict[tuple[str, int], str]:
+    """The format with which each engine reads a prompt fastest, by engine and threads."""
+    best: dict[tuple[str, int], tuple[float, str]] = {}
+    for contender, sample in zip(contenders, samples, strict=True):
+        key, found = (contender.name.partition(":")[0], contender.threads), (median(sample.prefill), contender.name)
+        best[key] = min(best.get(key, found), found)
+    return {key: name for key, (_, name) in best.items()}
 
 
 def speed_table(result: dict[str, Any]) -> str:
@@ -113,11 +127,17 @@ def speed_table(result: dict[str, Any]) -> str:
 
 
 def ratio_table(result: dict[str, Any], *, all_pairs: bool = True) -> str:
-    """fewfire over its peers, in Markdown; without `all_pairs`, not over llama.cpp at other bits."""
+    """fewfire over its peers, in Markdown; without `all_pairs`, over llama.cpp only at equal bits and where that reads
+    a prompt fastest."""
     rows = [
-        [f"{r['name']} / {r['peer']}", r["threads"], shown(r["decode"], 2), shown(r["prefill"], 2)]
+        [
+            f"{r['name']} / {r['peer']}" + (" (its best prefill)" if r.get("best_prefill") else ""),
+            r["threads"],
+            shown(r["decode"], 2),
+            shown(r["prefill"], 2),
+        ]
         for r in result["ratios"]
-        if all_pairs or r["equal_bits"] or not r["peer"].startswith("llama.cpp")
+        if all_pairs or r["equal_bits"] or r.get("best_prefill") or not r["peer"].startswith("llama.cpp")
     ]
     return table(["times as fast", "threads", "decode", "prefill"], rows)
 
@@ -137,11 +157,14 @@ def main(argv: list[str] | None = None) -> None:
     context = options.prompt + options.tokens + 1
     requests = [Request(options.model, threads, context, options.gguf) for threads in options.threads]
     watch, tokenizer = machine.Watch(), fewfire.load(requests[0].loadable("q4"), threads=1).tokenizer
-    contenders, absent = load_all([*options.contenders, *options.also], requests)
+    names = [*(ALL if options.all else options.contenders), *options.also]
+    contenders, absent = load_all(names, requests)
     for name, why in absent.items():
         print(f"absent: {name}: {why}", file=sys.stderr)
     streams = machine.Streams(tuple(options.stream))
     samples = measure(contenders, prose(tokenizer.encode, options.prompt), options.tokens, options.rounds, streams)
+    present = list(dict.fromkeys(c.name for c in contenders))
+    starts = start.measure(present, requests[-1], options.starts, options.cold)[0] if options.starts else []
     result = {
         "machine": machine.describe(),
         "model": requests[0].label(),
@@ -154,9 +177,12 @@ def main(argv: list[str] | None = None) -> None:
             summary(c, s, options.prompt, options.tokens, streams) for c, s in zip(contenders, samples, strict=True)
         ],
         "ratios": ratios(contenders, samples),
+        "starts": starts,
         "absent": absent,
     }
     print(speed_table(result), ratio_table(result), bandwidth_line(result), sep="\n\n")
+    if starts:
+        print(f"\n{start.start_table(starts)}")
     results.finish(options.name, "decode", result)
 
 
@@ -166,12 +192,15 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2", help="as for fewfire.load (default: %(default)s)")
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp, if MODEL is not a GGUF file")
     parser.add_argument("--contenders", nargs="+", default=list(USUAL), metavar="ENGINE:FORMAT")
+    parser.add_argument("--all", action="store_true", help=f"all of {', '.join(ALL)}")
     parser.add_argument("--also", nargs="+", default=[], metavar="ENGINE:FORMAT", help="besides the usual contenders")
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, cores}))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--prompt", type=int, default=128, help="tokens to read (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to decode (default: %(default)s)")
     parser.add_argument("--stream", nargs="+", type=int, default=[100, 2000], metavar="MB", help="streaming reads")
+    parser.add_argument("--starts", type=int, default=3, help="warm starts of each; 0: none (default: %(default)s)")
+    parser.add_argument("--cold", type=int, default=1, help="cold starts of each kind (default: %(default)s)")
     parser.add_argument("--name", default="decode", help="of the result; - keeps none (default: %(default)s)")
     return parser.parse_args(argv)
 

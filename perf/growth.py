@@ -1,65 +1,55 @@
 """How the cost of a token grows with context, threads and model size: `python -m perf.growth --models MODEL@CONTEXT`.
 
 Beside each point is its floor: the bytes that the token must read, over the streaming bandwidth measured in the same
-rounds. A model is measured at all contexts up to the one behind its `@` (128 if it has none). Contexts are filled with
-random tokens.
+rounds. A model is measured at all contexts up to the one behind its `@` (128 if it has none), with fewfire and
+llama.cpp in turn. Contexts are filled with random tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import time
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from fewfire.engine import BATCH, KVCache
-from fewfire.quantize import FORMATS
+import fewfire
 from fewfire.team import default_threads
 from perf import machine, results
 from perf.decode import bandwidth_line
-from perf.peers import Fewfire, Request
+from perf.depth import Deep, load_deep
+from perf.peers import AbsentError, Request
 from perf.spread import rounded, shown, spread
 from perf.status import say
 from perf.table import table
 
+USUAL = ("fewfire:q4", "llama.cpp:Q4_0")
 CONTEXTS = (128, 512, 2048, 4096, 8192)
 
 
 @dataclass
 class Point:
-    """One model, with a number of threads, at a context."""
+    """One engine with a model, with a number of threads, at a context."""
 
     label: str
-    engine: Fewfire
-    cache: KVCache
+    parameters: int
+    deep: Deep
+    threads: int
     context: int
-    seconds: list[float] = field(default_factory=list)
-
-    def decode(self, tokens: int) -> float:
-        """Decodes up to the context's end; seconds per token. The cache holds what came before."""
-        engine, token = self.engine.model.engine, 0
-        logits = np.empty(engine.config.vocab_size, np.float32)
-        start = time.perf_counter()
-        for position in range(self.context - tokens, self.context):
-            engine.decode(token, position, self.cache, logits)
-            token = int(logits.argmax())
-        return (time.perf_counter() - start) / tokens
+    seconds: list[float] = field(default_factory=list)  # per token
 
     def summary(self, tokens: int, streams: machine.Streams) -> dict[str, Any]:
         """Cost and floor in milliseconds."""
-        needed = self.engine.bytes_per_token(self.context - tokens // 2)
-        bandwidth = streams.bandwidth(self.engine.threads, needed / 1e6)
+        needed = self.deep.engine.bytes_per_token(self.context - tokens // 2)
+        bandwidth = streams.bandwidth(self.threads, needed / 1e6)
         cost = spread([1000 * s for s in self.seconds])
         floor = needed / bandwidth / 1e6
         return {
             "model": self.label,
-            "parameters": sum(math.prod(shape) for shape in self.engine.model.config.shapes().values()),
-            "weights": self.engine.model.weights,
-            "threads": self.engine.threads,
+            "parameters": self.parameters,
+            "name": self.deep.engine.name,
+            "threads": self.threads,
             "context": self.context,
             "milliseconds_per_token": cost,
             "megabytes_per_token": rounded(needed / 1e6),
@@ -69,58 +59,54 @@ class Point:
 
 
 def points(
-    models: Sequence[str], weights: Sequence[str], threads: Sequence[int], contexts: Sequence[int]
-) -> list[Point]:
-    """Loads everything and fills the caches."""
-    found = []
-    for name in models:
-        source, _, longest = name.partition("@")
+    models: Sequence[str], names: Sequence[str], threads: Sequence[int], contexts: Sequence[int]
+) -> tuple[list[Point], dict[str, str]]:
+    """Loads everything and lets it read its contexts; why some engines are absent."""
+    found: list[Point] = []
+    absent: dict[str, str] = {}
+    for model in models:
+        source, _, longest = model.partition("@")
         wanted = [context for context in contexts if context <= int(longest or min(contexts))]
-        for form in weights:
-            cache: KVCache | None = None
-            for count in sorted(threads, reverse=True):
-                request = Request(source, count, max(wanted))
-                label = request.label()
-                engine = Fewfire(f"fewfire:{form}", form, request)
-                engine.draw_tokens()
-                if max(wanted) > engine.model.context:
-                    raise ValueError(f"{label} has a context of {engine.model.context} tokens, not {max(wanted)}")
-                cache = cache or filled(engine, max(wanted), label)
-                found += [Point(label, engine, cache, context) for context in wanted]
-    return found
-
-
-def filled(contender: Fewfire, context: int, label: str) -> KVCache:
-    """Keys and values of random tokens."""
-    engine, vocab = contender.model.engine, contender.model.config.vocab_size
-    cache, ids = engine.new_cache(context), np.random.default_rng(0).integers(0, vocab, context)
-    logits = np.empty((1, vocab), np.float32)
-    for start in range(0, context, BATCH):
-        say(f"{label}: reading {start} of {context} tokens")
-        engine.prefill(ids[start : start + BATCH].tolist(), start, cache, logits)
-    return cache
+        request = Request(source, max(threads), max(wanted))
+        config = fewfire.load(request.loadable("q4"), threads=1).config
+        parameters = sum(math.prod(shape) for shape in config.shapes().values())
+        for name in names:
+            try:
+                deep = load_deep(name, request, sorted(threads))
+            except AbsentError as error:
+                absent[f"{name}, {request.label()}"] = str(error)
+                continue
+            found += [
+                Point(request.label(), parameters, deep, count, context)
+                for count in sorted(threads, reverse=True)
+                for context in wanted
+            ]
+    return found, absent
 
 
 def measure(found: list[Point], tokens: int, rounds: int, streams: machine.Streams) -> None:
     """Every point once in each round, after one that does not count."""
     for number in range(rounds + 1):
         for point in found if number % 2 else reversed(found):
-            say(f"round {number} of {rounds}: {point.label}, {point.engine.threads} threads, context {point.context}")
-            seconds = point.decode(tokens)
+            name = point.deep.engine.name
+            say(f"round {number} of {rounds}: {point.label}, {name}, {point.threads} threads, context {point.context}")
+            machine.settle()
+            seconds = point.deep.decode(point.threads, point.context, tokens)
             if number:
                 point.seconds.append(seconds)
-        for threads in sorted({point.engine.threads for point in found}):
+        machine.settle()
+        for threads in sorted({point.threads for point in found}):
             streams.sample(threads)
     say("")
 
 
 def growth_table(result: dict[str, Any]) -> str:
     """All points in Markdown."""
-    header = ["", "weights", "threads", "context", "ms/token", "floor, ms", "MB/token", "of bandwidth"]
+    header = ["", "engine", "threads", "context", "ms/token", "floor, ms", "MB/token", "of bandwidth"]
     rows = [
         [
             p["model"],
-            p["weights"],
+            p["name"],
             p["threads"],
             p["context"],
             shown(p["milliseconds_per_token"], 2),
@@ -137,7 +123,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     options = _options(argv)
     watch, streams = machine.Watch(), machine.Streams(tuple(options.stream))
-    found = points(options.models, options.weights, options.threads, options.contexts)
+    found, absent = points(options.models, options.contenders, options.threads, options.contexts)
+    for name, why in absent.items():
+        print(f"absent: {name}: {why}", file=sys.stderr)
     measure(found, options.tokens, options.rounds, streams)
     result = {
         "machine": machine.describe(),
@@ -146,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         "used_by_others": watch.others(),
         "bandwidth": streams.summary(),
         "points": [point.summary(options.tokens, streams) for point in found],
+        "absent": absent,
     }
     print(growth_table(result), bandwidth_line(result), sep="\n\n")
     results.finish(options.name, "growth", result)
@@ -154,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
 def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m perf.growth", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--models", nargs="+", default=["smollm2@8192"], metavar="MODEL[@CONTEXT]")
-    parser.add_argument("--weights", nargs="+", choices=FORMATS, default=["q4"])
+    parser.add_argument("--contenders", nargs="+", default=list(USUAL), metavar="ENGINE:FORMAT")
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, default_threads()}))
     parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))
     parser.add_argument("--tokens", type=int, default=16, help="to decode at each point (default: %(default)s)")
@@ -162,7 +151,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stream", nargs="+", type=int, default=[100, 2000], metavar="MB", help="streaming reads")
     parser.add_argument("--name", default="growth", help="of the result; - keeps none (default: %(default)s)")
     options = parser.parse_args(argv)
-    if options.tokens >= min(options.contexts):
+    if options.tokens + 1 >= min(options.contexts):
         parser.error(f"--tokens {options.tokens} do not fit a context of {min(options.contexts)}")
     return options
 

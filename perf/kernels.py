@@ -1,8 +1,9 @@
 """How fast gather-dot and gather-axpy read listed rows from memory: `python -m perf.kernels`.
 
 For every number format, row length, density and number of threads: GB/s over the bytes of the listed rows, beside a
-streaming read in the same round. Rows come out of a matrix much larger than any cache, by sorted random lists that are
-new in every round; at low densities a round works through so many lists that it reads as many bytes as the matrix has.
+streaming read in the same round and the gathered read of the same lists (`gathered.py`). Rows come out of a matrix much
+larger than any cache, by sorted random lists that are new in every round; at low densities a round works through so
+many lists that it reads as many bytes as the matrix has.
 Matrices, vectors and the check of each kernel come from `kernel_table.py`, which drives the kernels' tests too. The
 second table says what a list costs where it holds every row, beside the same loop without one.
 """
@@ -30,12 +31,14 @@ from fewfire.kernels.simd import call, store_f32, sum_lanes
 from fewfire.packed import PAGE
 from fewfire.quantize import FORMATS, padded
 from fewfire.team import default_threads
-from perf import kernel_table, machine, results
+from perf import gathered, kernel_table, machine, results
 from perf.decode import bandwidth_line
 from perf.spread import pairwise, shown, spread
 from perf.table import table
 
 _HOME = {"gather_dot": gather, "gather_axpy": axpy}
+KERNELS = tuple(_HOME)
+GATHERED = "gathered read"
 DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)
 COLUMNS = (576, 1536, 2048, 4096)
 _SOON = 2  # rows are asked for so many entries of their list ahead
@@ -152,6 +155,14 @@ class Bench:
         drive = _calls_10 if kernel == "gather_dot" else _calls_9
         return self._timed([(drive, (primitive.address, np.array(calls, np.int64))) for calls in work])
 
+    def gathered_seconds(self, lists: Sequence[np.ndarray], threads: int) -> float:
+        """The same lists read and nothing done with them, the faster way."""
+        rows = self._rows
+        shares = zip(*(np.array_split(one, threads) for one in lists), strict=True)
+        work = [gathered.described(parts) for parts in shares]
+        place = (rows.raw.ctypes.data, rows.row_bytes, rows.row_bytes)
+        return min(self._timed([(way, (*place, mine)) for mine in work]) for way in gathered.WAYS)
+
     def dense_seconds(self, count: int, passes: int) -> float:
         """The first rows, without a list."""
         rows, out = self._rows, self._out[0].ctypes.data
@@ -166,18 +177,10 @@ class Bench:
             lists = (listed, listed + 4 * _SOON, size, part.size, 0, -(-part.size // 4))
             return (*matrix, *lists, self._x.descriptor.ctypes.data, self._out[thread].ctypes.data)
         y, scratch = self._y[thread].ctypes.data, self._scratch[thread].ctypes.data
-        return (
-            *matrix,
-            listed,
-            listed + 4 * BLOCK,
-            part.size,
-            self._factors.ctypes.data,
-            y,
-            padded(rows.columns),
-            scratch,
-        )
+        few = (listed, listed + 4 * BLOCK, part.size)
+        return (*matrix, *few, self._factors.ctypes.data, y, padded(rows.columns), scratch)
 
-    def _timed(self, jobs: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> float:
+    def _timed(self, jobs: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> float:
         start = time.perf_counter()
         others = [self._pool.submit(function, *arguments) for function, arguments in jobs[1:]]
         function, arguments = jobs[0]
@@ -200,11 +203,15 @@ def measure(
             for density in densities:
                 chosen = random_lists(random, rows.count, density)
                 size = sum(one.size for one in chosen) * rows.row_bytes
-                for kernel in _HOME:
+                for kernel in KERNELS:
                     for count in threads:
                         seconds = bench.seconds(kernel, chosen, count)
                         if number:
                             samples.setdefault((kernel, count, density), []).append(size / seconds / 1e9)
+                for count in threads:
+                    seconds = bench.gathered_seconds(chosen, count)
+                    if number:
+                        samples.setdefault((GATHERED, count, density), []).append(size / seconds / 1e9)
             for place, few in (("memory", rows.count // 4 * 4), ("cache", 4 * max(1, _CACHED // 4 // rows.row_bytes))):
                 passes = rows.count // few
                 full = [with_spare(np.arange(few))] * passes
@@ -217,7 +224,9 @@ def measure(
                     streams.sample(count)
     about = {"weights": rows.weights, "columns": rows.columns, "row_bytes": rows.row_bytes}
     speeds = [
-        about | {"kernel": kernel, "threads": count, "density": density, "gb_per_second": spread(values)}
+        about
+        | {"kernel": kernel, "threads": count, "density": density, "gb_per_second": spread(values)}
+        | {"of_gathered": pairwise(values, samples[GATHERED, count, density])}
         for (kernel, count, density), values in samples.items()
     ]
     return speeds, about | {place: pairwise(*pair) for place, pair in lists.items()}
@@ -226,26 +235,26 @@ def measure(
 def verify(weights: str, columns: int) -> None:
     """Both kernels against their twins, on a small matrix. Raises `AssertionError`."""
     random = np.random.default_rng(4)
-    for kernel in _HOME:
+    for kernel in KERNELS:
         chosen = np.flatnonzero(random.random(200) < 0.3)
         kernel_table.TABLE[f"{kernel}_{weights}"](random, rows=200, columns=columns, chosen=chosen).check()
 
 
 def density_table(result: dict[str, Any]) -> str:
-    """GB/s and the share of a streaming read, for every density, in Markdown."""
-    densities = result["densities"]
+    """GB/s, the share of a streaming read and that of a gathered read, for every density, in Markdown."""
     bandwidth = {s["threads"]: s["gb_per_second"]["median"] for s in result["bandwidth"]}
-    found = {
-        (r["kernel"], r["weights"], r["columns"], r["threads"], r["density"]): r["gb_per_second"]["median"]
-        for r in result["speeds"]
-    }
-    rows = []
-    for key in dict.fromkeys(key[:4] for key in found):
-        speeds = [found[(*key, density)] for density in densities]
-        kernel, weights, columns, threads = key
-        cells = [f"{speed:.1f} ({speed / bandwidth[threads]:.0%})" for speed in speeds]
-        rows.append([f"{kernel} {weights}", columns, threads, *cells])
-    return table(["GB/s (of a streaming read)", "columns", "threads", *(f"{d:g}" for d in densities)], rows)
+    kinds: dict[tuple[Any, ...], dict[float, str]] = {}
+    for r in result["speeds"]:
+        speed = r["gb_per_second"]["median"]
+        cell = f"{speed:.1f} ({speed / bandwidth[r['threads']]:.0%}"
+        cell += ")" if r["kernel"] == GATHERED else f", {r['of_gathered']['median']:.0%})"
+        kinds.setdefault((r["weights"], r["columns"], r["threads"], r["kernel"]), {})[r["density"]] = cell
+    rows = [
+        [f"{kernel} {weights}", columns, threads, *(cells[density] for density in result["densities"])]
+        for (weights, columns, threads, kernel), cells in kinds.items()
+    ]
+    header = "GB/s (of a streaming read, of a gathered one)"
+    return table([header, "columns", "threads", *(f"{d:g}" for d in result["densities"])], rows)
 
 
 def list_table(result: dict[str, Any]) -> str:

@@ -40,7 +40,7 @@ class LlamaCpp(Stepwise):
         path = requantized(request.gguf_path(), form)
         self._model, buffers = _open(path)
         vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self._vocab = llama_cpp.llama_vocab_n_tokens(vocab)
+        self.vocab = llama_cpp.llama_vocab_n_tokens(vocab)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = request.context
         params.n_batch = min(request.context, _BATCH)
@@ -66,11 +66,28 @@ class LlamaCpp(Stepwise):
             tokens = (llama_cpp.llama_token * len(part))(*part)
             self._decode(llama_cpp.llama_batch_get_one(tokens, len(part)))
         last = llama_cpp.llama_get_logits_ith(self._context, -1)
-        return np.ctypeslib.as_array(last, (self._vocab,))
+        return np.ctypeslib.as_array(last, (self.vocab,))
+
+    def use(self, threads: int) -> None:
+        """Computes with so many threads from now on."""
+        llama_cpp.llama_set_n_threads(self._context, threads, threads)
+
+    def remembered(self) -> Any:
+        """What was read so far, keys and values, to go on from there with `recall`."""
+        state = (ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size(self._context, 0))()
+        llama_cpp.llama_state_seq_get_data(self._context, state, len(state), 0)
+        return state
+
+    def recall(self, state: Any, count: int) -> None:
+        """The first `count` tokens of what was remembered."""
+        self.reset()
+        if not llama_cpp.llama_state_seq_set_data(self._context, state, len(state), 0):
+            raise RuntimeError("llama.cpp could not restore its keys and values")
+        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self._context), 0, count, -1)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         self.reset()
-        out = np.empty((len(ids), self._vocab), np.float32)
+        out = np.empty((len(ids), self.vocab), np.float32)
         batch = llama_cpp.llama_batch_init(self._batch, 0, 1)
         try:
             for start in range(0, len(ids), self._batch):
@@ -81,7 +98,7 @@ class LlamaCpp(Stepwise):
                 batch.n_tokens = len(part)
                 self._decode(batch)
                 address = llama_cpp.llama_get_logits(self._context)
-                out[start : start + len(part)] = np.ctypeslib.as_array(address, (len(part), self._vocab))
+                out[start : start + len(part)] = np.ctypeslib.as_array(address, (len(part), self.vocab))
         finally:
             llama_cpp.llama_batch_free(batch)
         return out

@@ -49,64 +49,93 @@ def draw(measured: dict[str, Result], directory: Path) -> list[Path]:
 
 
 def _decode(result: Result) -> Figure:
-    """Bars of tokens/s, the engines from top to bottom, one colour for each number of threads."""
-    names = list(dict.fromkeys(c["name"] for c in result["contenders"]))
-    threads = sorted({c["threads"] for c in result["contenders"]})
-    figure, axes = plt.subplots(figsize=(6, 0.6 + 0.42 * len(names)))
-    height = 0.8 / len(threads)
-    for number, count in enumerate(threads):
-        chosen = [c for c in result["contenders"] if c["threads"] == count]
-        speeds = [c["decode_tokens_per_second"] for c in chosen]
-        medians = [s["median"] for s in speeds]
-        reach = [[s["median"] - s["min"] for s in speeds], [s["max"] - s["median"] for s in speeds]]
-        at = [names.index(c["name"]) + height * number for c in chosen]
-        bars = axes.barh(at, medians, height, color=_COLORS[number], label=_threads(count))
+    """Bars of tokens/s, one colour for each number of threads."""
+    rows = [(c["name"], _threads(c["threads"]), c["decode_tokens_per_second"]) for c in result["contenders"]]
+    return _bars(rows, f"decode, tokens/s ({result['model']})")
+
+
+def _busy(result: Result) -> Figure:
+    """Bars of tokens/s, one colour for each number of busy processes beside."""
+    rows = [
+        (r["name"], f"{r['busy']} busy process" + ("es" if r["busy"] != 1 else ""), r["tokens_per_second"])
+        for r in result["speeds"]
+    ]
+    return _bars(rows, f"decode, tokens/s ({result['model']}, {_threads(result['threads'])})")
+
+
+def _bars(rows: list[tuple[str, str, Result]], label: str) -> Figure:
+    """Bars with their spread: names from top to bottom, one colour for each group."""
+    names, groups = (list(dict.fromkeys(row[i] for row in rows)) for i in (0, 1))
+    height = 0.8 / len(groups)
+    figure, axes = plt.subplots(figsize=(6, 0.6 + 0.21 * len(names) * max(2, len(groups))))
+    for number, group in enumerate(groups):
+        chosen = [(name, speed) for name, its_group, speed in rows if its_group == group]
+        medians = [s["median"] for _, s in chosen]
+        reach = [[s["median"] - s["min"] for _, s in chosen], [s["max"] - s["median"] for _, s in chosen]]
+        at = [names.index(name) + height * number for name, _ in chosen]
+        bars = axes.barh(at, medians, height, color=_COLORS[number], label=group)
         axes.errorbar(medians, at, xerr=reach, fmt="none", ecolor="#333333", elinewidth=0.8)
         axes.bar_label(bars, [f"{m:.0f}" for m in medians], label_type="center", color="white", fontsize=7)
-    axes.set_yticks([i + height * (len(threads) - 1) / 2 for i in range(len(names))], names)
+    axes.set_yticks([i + height * (len(groups) - 1) / 2 for i in range(len(names))], names)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"decode, tokens/s ({result['model']})")
-    axes.legend()
-    return figure
+    axes.set_xlabel(label)
+    return _with_legend(figure, axes)
 
 
 def _context(result: Result) -> Figure | None:
-    """Milliseconds per token over the context, one panel for each model, floors dashed."""
+    """Milliseconds per token over the context: a row of panels for each model, a column for each number of threads."""
     models = [m for m in _models(result) if len({p["context"] for p in _points(result, model=m)}) > 1]
     if not models:
         return None
-    figure, panels = plt.subplots(1, len(models), figsize=(3.4 * len(models), 3), squeeze=False)
-    for axes, model in zip(panels[0], models, strict=True):
-        _curves(axes, _points(result, model=model), "context")
-        axes.set_xscale("log", base=2)
-        _ticks(axes.xaxis, {p["context"]: f"{p['context']}" for p in _points(result, model=model)})
-        axes.set_ylim(bottom=0)
+    threads = sorted({p["threads"] for p in result["points"]})
+    size = (3.4 * len(threads), 0.5 + 2.5 * len(models))
+    figure, panels = plt.subplots(len(models), len(threads), figsize=size, sharey="row", squeeze=False)
+    for row, model in zip(panels, models, strict=True):
+        for axes, count in zip(row, threads, strict=True):
+            points = _points(result, model=model, threads=count)
+            _curves(axes, points, "context")
+            axes.set_xscale("log", base=2)
+            _ticks(axes.xaxis, {p["context"]: f"{p['context']:,}" for p in points})
+            axes.set_title(f"{model.split(',')[0]}, {_threads(count)}", fontsize=8)
+        row[0].set_ylim(bottom=0)  # of the whole row, so not before all curves are there
+        row[0].set_ylabel("ms per token")
+    for axes in panels[-1]:
         axes.set_xlabel("context, tokens")
-        axes.set_title(model.split(",")[0], fontsize=8)
-    panels[0][0].set_ylabel("ms per token")
-    panels[0][0].legend()
-    return figure
+    return _with_legend(figure, panels[0][0])
 
 
 def _sizes(result: Result) -> Figure | None:
-    """Milliseconds per token over the number of parameters, floors dashed, at the shortest context."""
+    """Milliseconds per token over the number of parameters, at the shortest context; a panel for each number of
+    threads."""
     shortest = min(p["context"] for p in result["points"])
-    points = sorted(_points(result, context=shortest), key=lambda p: p["parameters"])
-    if len({p["parameters"] for p in points}) < 2:
+    found = sorted(_points(result, context=shortest), key=lambda p: p["parameters"])
+    if len({p["parameters"] for p in found}) < 2:
         return None
-    figure, axes = plt.subplots(figsize=(4.6, 3.2))
-    _curves(axes, points, "parameters")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    _ticks(axes.xaxis, {p["parameters"]: f"{p['parameters'] / 1e9:.2g}" for p in points})
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
-    real = ", ".join(dict.fromkeys(p["model"] for p in points if "random weights" not in p["model"]))
-    axes.set_xlabel(f"billions of parameters (random weights but for {real or 'none'}; context of {shortest} tokens)")
-    axes.set_ylabel("ms per token")
-    axes.legend()
+    threads = sorted({p["threads"] for p in found})
+    figure, panels = plt.subplots(1, len(threads), figsize=(3.4 * len(threads), 3.2), sharey=True, squeeze=False)
+    for axes, count in zip(panels[0], threads, strict=True):
+        points = [p for p in found if p["threads"] == count]
+        _curves(axes, points, "parameters")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        _ticks(axes.xaxis, {p["parameters"]: f"{p['parameters'] / 1e9:.2g}" for p in points})
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("billions of parameters")
+        axes.set_title(f"{_threads(count)}, context of {shortest} tokens", fontsize=8)
+    panels[0][0].set_ylabel("ms per token")
+    real = ", ".join(dict.fromkeys(p["model"] for p in found if "random weights" not in p["model"]))
+    figure.text(0.5, -0.03, f"weights are random but for {real or 'none'}", ha="center", fontsize=7)
+    return _with_legend(figure, panels[0][0])
+
+
+def _with_legend(figure: Figure, axes: Axes) -> Figure:
+    """The figure with the legend of one of its panels above them all."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.tight_layout()
+    figure.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=min(4, len(labels)))
     return figure
 
 
@@ -128,34 +157,29 @@ def _densities(result: Result) -> Figure:
         axes.set_xscale("log")
         _ticks(axes.xaxis, {d: f"{d:g}" for d in result["densities"]})
         axes.axhline(1, color="#333333", linewidth=0.8)
-        axes.set_ylim(bottom=0)
         axes.set_xlabel("density (share of rows listed)")
         axes.set_title(f"{kernel}, {_threads(threads)}", fontsize=8)
+    panels[0][0].set_ylim(bottom=0)
     panels[0][0].set_ylabel("GB/s over a streaming read's")
-    panels[0][-1].legend(fontsize=6)
-    return figure
+    return _with_legend(figure, panels[0][0])
 
 
 _PICTURES: dict[str, dict[str, Callable[[Result], Figure | None]]] = {
     "decode": {"": _decode},
+    "busy": {"": _busy},
     "growth": {"-context": _context, "-size": _sizes},
     "kernels": {"": _densities},
 }
 
 
 def _curves(axes: Axes, points: list[Result], over: str) -> None:
-    """Cost and floor for each number format and number of threads."""
-    kinds = sorted({(p["weights"], p["threads"]) for p in points})
-    for color, (weights, threads) in zip(_COLORS, kinds, strict=False):
-        curve = [p for p in points if (p["weights"], p["threads"]) == (weights, threads)]
+    """Cost of each engine, the spread as a band, and dashed what its bytes would cost at the streaming bandwidth."""
+    for color, name in zip(_COLORS, dict.fromkeys(p["name"] for p in points), strict=False):
+        curve = [p for p in points if p["name"] == name]
         at = [p[over] for p in curve]
-        costs = [p["milliseconds_per_token"] for p in curve]
-        axes.plot(
-            at, [c["median"] for c in costs], marker="o", ms=3, color=color, label=f"{weights}, {_threads(threads)}"
-        )
-        axes.fill_between(
-            at, [c["min"] for c in costs], [c["max"] for c in costs], color=color, alpha=0.15, linewidth=0
-        )
+        low, middle, high = ([p["milliseconds_per_token"][k] for p in curve] for k in ("min", "median", "max"))
+        axes.plot(at, middle, marker="o", ms=3, color=color, label=name)
+        axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
         axes.plot(at, [p["floor_milliseconds"] for p in curve], "--", color=color, linewidth=1, label="its floor")
 
 

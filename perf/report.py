@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from perf import busy, decode, growth, kernels, quality, start
+from perf import busy, decode, growth, kernels, profile, quality, start
 from perf.results import BUSY, read_all
 
 README = Path(__file__).parents[1] / "README.md"
@@ -57,8 +57,10 @@ def _decode(result: Result) -> str:
         " with all engines in turn; medians (lowest..highest). MB/token: the weights, keys and values that a token"
         " reads; of bandwidth: that times the speed, over what streaming reads reached in the same run."
     )
-    engines = "\n\n".join([decode.speed_table(result), decode.ratio_table(result, all_pairs=False)])
-    return _section(f"Speed, {result['model']}", about, engines, decode.bandwidth_line(result), result=result)
+    tables = [decode.speed_table(result), decode.ratio_table(result, all_pairs=False)]
+    starts = [_START, start.start_table(result["starts"])] if result.get("starts") else []
+    line = decode.bandwidth_line(result)
+    return _section(f"Speed, {result['model']}", about, *tables, line, *starts, result=result)
 
 
 def _quality(result: Result) -> str:
@@ -72,11 +74,19 @@ def _quality(result: Result) -> str:
 
 def _start(result: Result) -> str:
     about = (
-        "Seconds from starting the process (`fewfire generate`) to the first byte of the answer, and memory after"
-        f" {start.TOKENS} tokens, with the mapped weights in it; of {_plural(result['runs']['warm'], 'warm start')} and"
-        f" {result['runs']['cold']} of each cold kind."
+        f"{_START} Of {_plural(result['runs']['warm'], 'warm start')} and {result['runs']['cold']} of each cold kind,"
+        f" with {_plural(result['threads'], 'thread')}."
     )
-    return _section(f"First token and memory, {result['model']}", about, start.start_table(result), result=result)
+    table = start.start_table(result["contenders"])
+    return _section(f"First token and memory, {result['model']}", about, table, result=result)
+
+
+_START = (
+    "Seconds from starting the process to the first byte of the answer, and memory after"
+    f" {start.TOKENS} tokens, with mapped weights in it. fewfire: `fewfire generate`, warm, with no kernels compiled"
+    " (the first start ever) and with no model packed either; other engines: the least code that loads a converted"
+    " model and reads the same prompt, which is the same for every start."
+)
 
 
 def _agree(result: Result) -> str:
@@ -94,8 +104,9 @@ def _agree(result: Result) -> str:
 def _kernels(result: Result) -> str:
     about = (
         f"Dot products (gather_dot) and scaled sums (gather_axpy) of listed rows out of {result['megabytes']} MB of"
-        " them, by random lists that are new each time: GB/s over the bytes of the listed rows, and of a streaming read"
-        " in the same run. Of the formats and row lengths measured, the usual ones."
+        " them, by random lists that are new each time: GB/s over the bytes of the listed rows, its share of a"
+        " streaming read in the same run, and of a gathered read, which loads one word of each cache line of the same"
+        " rows and does nothing else. Of the formats and row lengths measured, the usual ones."
     )
     usual = result | {part: [r for r in result[part] if _is_usual(r)] for part in ("speeds", "full_lists")}
     lists = "What listing every row costs, over the same loop without a list, with one thread:"
@@ -105,6 +116,16 @@ def _kernels(result: Result) -> str:
 
 def _is_usual(row: dict[str, Any]) -> bool:
     return row["weights"] in ("q4", "q8") and row["columns"] in (2048, 4096)
+
+
+def _profile(result: Result) -> str:
+    about = (
+        f"A token decoded by one thread at the end of a context of {result['context']} tokens, part by part, in the"
+        " engine's own loop with probes in it; floor: the part's bytes over the bandwidth of a streaming read in the"
+        f" same run; {_plural(result['rounds'], 'round')}, medians (lowest..highest)."
+    )
+    tables = profile.profile_table(result), profile.bandwidth_line(result)
+    return _section(f"A token's time, {result['model']}, {result['weights']}", about, *tables, result=result)
 
 
 def _growth(result: Result) -> str:
@@ -130,6 +151,7 @@ _SECTIONS: dict[str, Callable[[Result], str]] = {
     "decode": _decode,
     "growth": _growth,
     "busy": _busy,
+    "profile": _profile,
     "kernels": _kernels,
     "quality": _quality,
     "start": _start,

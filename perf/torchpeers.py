@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ class CTranslate2(Contender):
             import ctranslate2
         except ImportError as error:
             raise AbsentError("ctranslate2 is not installed (pip install '.[bench]')") from error
-        path = _converted(request.path(), form)
+        path = converted(request.path(), form)
         self._generator = ctranslate2.Generator(
             str(path), device="cpu", compute_type=form, inter_threads=1, intra_threads=request.threads
         )
@@ -128,29 +129,47 @@ def _read(path: Path, dtype: Any) -> Any:
     return model.eval()
 
 
-def _converted(path: Path, form: str) -> Path:
+def saved(path: Path, form: str) -> Path:
+    """The model in the Hugging Face layout as transformers loads it fastest, kept in the user's cache."""
+    return _made(path, f"hf-{form}", lambda target: _plain(path, _TYPES[form]).save_pretrained(target))
+
+
+def converted(path: Path, form: str) -> Path:
     """The model converted for CTranslate2, kept in the user's cache."""
     from ctranslate2.converters import TransformersConverter
 
-    target = derived(path, f"ct2-{form}")
+    def convert(target: Path) -> None:
+        with TemporaryDirectory(dir=target.parent, prefix=".perf-") as name:
+            _plain(path, torch.float32).save_pretrained(name)
+            _save_tokenizer(path, Path(name))
+            TransformersConverter(name).convert(str(target), quantization=form)
+
+    return _made(path, f"ct2-{form}", convert)
+
+
+def _made(path: Path, what: str, make: Callable[[Path], object]) -> Path:
+    """A directory in the user's cache that is made once, and never half."""
+    target = derived(path, what)
     if target.is_dir():
         return target
     work = target.with_name(f".{os.getpid()}-{target.name}")
     try:
-        source = work / "transformers"
-        model = _read(path, torch.float32)
-        if hasattr(model.config, "quantization_config"):  # of a GGUF, but the weights are plain float32 by now
-            model.hf_quantizer = None
-            del model.config.quantization_config
-        model.save_pretrained(source)
-        _save_tokenizer(path, source)
-        TransformersConverter(str(source)).convert(str(work / "out"), quantization=form)
-        os.replace(work / "out", target)
+        make(work)
+        os.replace(work, target)
     except (ValueError, RuntimeError) as error:
-        raise AbsentError(f"CTranslate2 cannot convert {path.name}: {str(error).splitlines()[0]}") from error
+        raise AbsentError(f"{path.name} cannot be made {what}: {str(error).splitlines()[0]}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _plain(path: Path, dtype: Any) -> Any:
+    """The model without the mark of a GGUF's quantisation: its weights are plain floats by now."""
+    model = _read(path, dtype)
+    if hasattr(model.config, "quantization_config"):
+        model.hf_quantizer = None
+        del model.config.quantization_config
+    return model
 
 
 def _save_tokenizer(path: Path, target: Path) -> None:

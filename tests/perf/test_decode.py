@@ -12,7 +12,7 @@ from perf.report import figures
 
 def test_contenders_are_measured_and_reported(tiny_path, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    small = ["--rounds", "2", "--prompt", "8", "--tokens", "3", "--stream", "1", "--threads", "1", "2"]
+    small = ["--rounds", "2", "--prompt", "8", "--tokens", "3", "--stream", "1", "--threads", "1", "2", "--starts", "0"]
     names = ["fewfire:q4", "transformers:f32", "llama.cpp:Q4_0"]
     decode.main(["--model", str(tiny_path()), "--contenders", *names, *small, "--name", "tiny"])
     out = capsys.readouterr()

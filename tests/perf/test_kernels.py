@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from perf import kernels, results
+from perf import gathered, kernels, results
 from perf.report import figures
 
 
@@ -17,8 +17,9 @@ def test_every_combination_is_measured_and_reported(tmp_path, monkeypatch, capsy
     kernels.main([*options, "--rounds", "2", "--megabytes", "10", "--name", "k"])
     result = json.loads((tmp_path / "k.json").read_text())
     found = {tuple(r[k] for k in ("kernel", "weights", "columns", "threads", "density")) for r in result["speeds"]}
-    assert len(found) == len(result["speeds"]) == 2 * 2 * 2 * 2 * 2
+    assert len(found) == len(result["speeds"]) == 3 * 2 * 2 * 2 * 2
     assert all(r["gb_per_second"]["min"] > 0 for r in result["speeds"])
+    assert all(r["of_gathered"]["median"] == 1 for r in result["speeds"] if r["kernel"] == "gathered read")
     assert [(r["weights"], r["columns"]) for r in result["full_lists"]] == [
         ("q4", 64), ("q4", 2048), ("f32", 64), ("f32", 2048)
     ]  # fmt: skip
@@ -26,6 +27,19 @@ def test_every_combination_is_measured_and_reported(tmp_path, monkeypatch, capsy
     text = figures({"k": result})
     assert "gather_axpy q4" in text
     assert "f32" not in text  # the README has the usual ones
+
+
+@pytest.mark.parametrize("way", gathered.WAYS)
+def test_a_gathered_read_sees_the_listed_rows(way):
+    words = np.zeros(8 + 40 * 12, np.int64)
+    matrix = words[-words.ctypes.data % 64 // 8 :][: 40 * 12].reshape(40, 12)  # rows of one and a half lines
+    matrix[::2] = 1
+    even, odd = (np.arange(start, 40, 2, dtype=np.int32) for start in (0, 1))
+    place = (matrix.ctypes.data, matrix.strides[0], matrix.strides[0])
+    assert way(*place, gathered.described([odd[:0]])) == 0
+    assert way(*place, gathered.described([even, even[:7]])) >= 2 * 27
+    matrix[::2] = 0
+    assert way(*place, gathered.described([even])) == 0
 
 
 @pytest.mark.parametrize("mapped", [False, True])

@@ -12,7 +12,7 @@ SPREAD = {"median": 2.0, "min": 1.0, "max": 3.0}
 
 
 def _point(model: str, parameters: int, context: int) -> dict:
-    return {"model": model, "parameters": parameters, "context": context, "weights": "q4", "threads": 1,
+    return {"model": model, "parameters": parameters, "context": context, "name": "fewfire:q4", "threads": 1,
             "milliseconds_per_token": SPREAD, "floor_milliseconds": 1.5}  # fmt: skip
 
 
@@ -37,6 +37,12 @@ MEASURED = {
             for d in (1.0, 0.1)
         ],
     },
+    "load": {
+        "kind": "busy",
+        "model": "m",
+        "threads": 2,
+        "speeds": [{"name": "fewfire:q4", "busy": b, "tokens_per_second": SPREAD} for b in (0, 1, 2)],
+    },
     "other": {"kind": "quality"},
 }
 
@@ -44,7 +50,7 @@ MEASURED = {
 def test_pictures_are_drawn_and_old_ones_go(tmp_path, monkeypatch):
     (tmp_path / "gone.png").write_bytes(b"")
     written = plots.draw(MEASURED, tmp_path)
-    names = {"speed.png", "grown-context.png", "grown-size.png", "rows.png"}
+    names = {"speed.png", "grown-context.png", "grown-size.png", "rows.png", "load.png"}
     assert {path.name for path in written} == {path.name for path in tmp_path.iterdir()} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 100_000 for path in written)
     before = {path.name: path.read_bytes() for path in written}

@@ -15,13 +15,15 @@ START = {
     "model": "smollm2",
     "runs": {"warm": 3, "cold": 1},
     "used_by_others": 0.2,
-    "formats": [
+    "threads": 2,
+    "contenders": [
         {
-            "weights": "q4",
+            "name": "fewfire:q4",
+            "threads": 2,
             "warm": SPREAD,
             "no_kernels": SPREAD,
             "no_packed_model": None,
-            "packed_mb": 92.0,
+            "mb": 92.0,
             "memory_mb": {"resident": 200.0, "peak": 210.0},
         }
     ],
@@ -42,7 +44,7 @@ def test_figures_go_between_the_markers():
 
 def test_a_section_tells_figures_machine_and_doubts():
     text = report.figures({"start": START})
-    assert "| q4 | 2.00 (1.00..3.00) |" in text
+    assert "| fewfire:q4 | 2.00 (1.00..3.00) |" in text
     assert "Some CPU (somecpu), 2 cores" in text
     assert "Others used 20%" in text
 

@@ -84,11 +84,13 @@ def test_fewfire_runs_it(made, weights):
 def test_the_harness_takes_the_directory_and_tells_that_it_is_random(made, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("perf.results.RESULTS", tmp_path)
     quick = ["--rounds", "1", "--prompt", "8", "--tokens", "3", "--stream", "1", "--threads", "1"]
+    quick += ["--starts", "1", "--cold", "0"]
     decode.main(["--model", str(made), "--contenders", "fewfire:q8", "transformers:f32", *quick, "--name", "x"])
     assert "absent: transformers:f32" in capsys.readouterr().err
-    model = json.loads((tmp_path / "x.json").read_text())["model"]
-    assert model.startswith("nano shape, random weights, ")
-    assert str(made) not in model
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert result["model"].startswith("nano shape, random weights, ")
+    assert [row["name"] for row in result["starts"]] == ["fewfire:q8"]
+    assert str(made) not in json.dumps(result)
 
 
 def test_the_harness_goes_on_with_random_tokens(made, monkeypatch):

@@ -1,0 +1,107 @@
+"""Probes in a model's decode loop: primitives that pass a call on and count the time it takes.
+
+The loop calls primitives by the addresses in the model's record, so that others can stand in for them without the loop
+being any different: the same code decodes the same weights in the same order. For one thread: counters are not shared.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+import fewfire
+from fewfire import engine
+from fewfire.kernels.compile import Primitive
+from fewfire.kernels.simd import call, instruction, load_i64, store_i64
+
+MATRICES = ("qkv", "o", "gate", "up")  # told apart by where a call's matrix lies
+PARTS = (*MATRICES, "down", "attention", "head", "small steps")
+_PART_OF = {"gather_axpy": "down", "attend": "attention", "table_dot": "head"}  # all else is small
+_OF_PREFILL = ("dot_tokens", "down_strip", "table_tokens")
+_OPTIONS = {"error_model": "numpy", "boundscheck": False}
+# The time stamp counter of x86; elsewhere a timer that programs may read.
+_CLOCK = "readcyclecounter" if platform.machine().lower() in ("x86_64", "amd64") else "readsteadycounter"
+
+
+@instruction(types.int64)
+def ticks(builder):
+    """Time, in a unit of the machine's own."""
+    function = ir.FunctionType(ir.IntType(64), [])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, f"llvm.{_CLOCK}"), [])
+
+
+@numba.njit(**_OPTIONS)
+def now() -> int:
+    """The same for Python."""
+    return ticks()
+
+
+_Forward = Callable[[tuple[Any, ...]], None]
+_FORMS: dict[int, Callable[[_Forward], Callable[..., None]]] = {
+    2: lambda f: lambda a, b: f((a, b)),
+    3: lambda f: lambda a, b, c: f((a, b, c)),
+    4: lambda f: lambda a, b, c, d: f((a, b, c, d)),
+    5: lambda f: lambda a, b, c, d, e: f((a, b, c, d, e)),
+    6: lambda f: lambda a, b, c, d, e, g: f((a, b, c, d, e, g)),
+    7: lambda f: lambda a, b, c, d, e, g, h: f((a, b, c, d, e, g, h)),
+    8: lambda f: lambda a, b, c, d, e, g, h, i: f((a, b, c, d, e, g, h, i)),
+    9: lambda f: lambda a, b, c, d, e, g, h, i, j: f((a, b, c, d, e, g, h, i, j)),
+    10: lambda f: lambda a, b, c, d, e, g, h, i, j, k: f((a, b, c, d, e, g, h, i, j, k)),
+}
+
+
+def _probe(primitive: Primitive, counters: np.ndarray, first: tuple[int, ...], last: tuple[int, ...], part: int) -> Any:
+    """Stands in for a primitive; a call counts for the matrix its first argument lies in, or else for `part`."""
+    address, at = primitive.address, counters.ctypes.data
+    count = len(first)
+
+    @numba.njit(**_OPTIONS)
+    def forward(arguments):
+        begin = ticks()
+        call(address, arguments)
+        spent = ticks() - begin
+        chosen = part
+        for i in range(count):
+            if first[i] <= arguments[0] < last[i]:
+                chosen = i
+        store_i64(at + 8 * chosen, load_i64(at + 8 * chosen) + spent)
+
+    form = _FORMS[len(primitive._signature.args)](forward)
+    return numba.cfunc(primitive._signature, **_OPTIONS)(form)
+
+
+class Probes:
+    """Within `with`, the model's calls are counted in `ticks`, one number for each of `PARTS`."""
+
+    def __init__(self, model: fewfire.Model) -> None:
+        self._record = model.engine._model.record
+        self.ticks = np.zeros(len(PARTS), np.int64)
+        arrays = [model.packed.arrays["updown" if name == "up" else name] for name in MATRICES]
+        first = tuple(a.ctypes.data for a in arrays)
+        last = tuple(a.ctypes.data + a.nbytes for a in arrays)
+        primitives = engine._primitives(model.packed.formats, model.engine._cache_format)
+        self._probes: dict[str, Any] = {}
+        for name, primitive in primitives.items():
+            if name in _OF_PREFILL:
+                continue
+            part = PARTS.index(_PART_OF.get(name, "small steps"))
+            here = (first, last) if name == "gather_dot" else ((0,), (0,))
+            self._probes[name] = _probe(primitive, self.ticks, *here, part)
+        self._own = {name: int(self._record[name][0]) for name in self._probes}
+
+    def __enter__(self) -> Probes:
+        self.ticks[:] = 0
+        for name, probe in self._probes.items():
+            self._record[name] = probe.address
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, address in self._own.items():
+            self._record[name] = address

@@ -1,0 +1,44 @@
+"""Probes change nothing but the time, and the profile of a tiny model end to end."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import fewfire
+from perf import probes, profile, results
+from perf.depth import DeepFewfire
+from perf.peers import Request
+from perf.report import figures
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_probes_see_every_part_and_leave_the_logits_as_they_are(family, tiny_path):
+    model = fewfire.load(tiny_path(family), weights="q4", threads=1)
+    plain = model.session().feed([5]).copy()
+    record = model.engine._model.record.copy()
+    with probes.Probes(model) as counted:
+        np.testing.assert_array_equal(model.session().feed([5]), plain)
+    parts = dict(zip(probes.PARTS, counted.ticks.tolist(), strict=True))
+    assert [part for part, ticks in parts.items() if not ticks] == ([] if model.config.gated else ["up"])
+    assert model.engine._model.record == record
+
+
+def test_a_token_is_profiled_and_reported(tiny_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    quick = ["--rounds", "1", "--context", "20", "--tokens", "4", "--stream", "1", "--name", "p"]
+    profile.main(["--model", str(tiny_path()), *quick])
+    result = json.loads((tmp_path / "p.json").read_text())
+    parts = {r["part"]: r for r in result["parts"]}
+    assert list(parts) == [*probes.PARTS, profile.LOOP, profile.TOKEN, profile.PLAIN]
+    read = [r["megabytes"] for part, r in parts.items() if part in (*probes.PARTS,) and "megabytes" in r]
+    assert sum(read) == pytest.approx(parts[profile.TOKEN]["megabytes"], rel=1e-3)
+    assert "| down " in figures({"p": result})
+
+
+def test_the_parts_bytes_are_those_of_a_token(tiny_path):
+    deep = DeepFewfire("fewfire:q4", Request(str(tiny_path()), 1, 20), [1])
+    needed = deep.engine.bytes_per_token(10)
+    assert 0.9 * needed < sum(profile.bytes_read(deep, 10).values()) <= needed  # all but norms and biases
