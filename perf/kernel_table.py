@@ -48,19 +48,20 @@ class Output:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What an output must hold after a call; NaN where it must not have been written."""
+    """What an output must hold after a call; NaN where it must not have been written. Some of it may be undefined."""
 
     output: Output
     values: np.ndarray
     tolerance: np.ndarray | float = 0.0
+    undefined: np.ndarray | bool = False
 
     def check(self) -> None:
         found = self.output.array
         assert self.output.intact(), "wrote outside its output"
-        untouched = np.isnan(self.values)
+        untouched = np.isnan(self.values) & ~np.asarray(self.undefined)
         assert np.isnan(found[untouched]).all(), "wrote where it should not"
         over = np.abs(found.astype(np.float64) - self.values) - self.tolerance
-        wrong = ~untouched & ~(over <= 0)
+        wrong = ~untouched & ~(over <= 0) & ~np.asarray(self.undefined)
         if wrong.any():
             at = tuple(int(i[0]) for i in np.nonzero(wrong))
             raise AssertionError(
@@ -408,31 +409,87 @@ def fit_q4(random: Random, *, groups: int) -> Case:
 _CELLS: dict[str, type[np.floating]] = {"f32": np.float32, "f16": np.float16}
 
 
-def attend(cache: str, random: Random, *, start: int, stop: int, head_dim: int) -> Case:
-    """softmax(scale * query . keys) values over the positions from start to stop; all others are NaN."""
+def attend(
+    cache: str,
+    queries: int,
+    random: Random,
+    *,
+    start: int,
+    stop: int,
+    head_dim: int,
+    last: int | None = None,
+    window: int = attention.EVERYTHING,
+) -> Case:
+    """Parts of a few queries over the positions from start to stop; all others are NaN.
+
+    Query q sees last + q - window <= p < last + q; all of them, unless said otherwise.
+    """
     width = -(-head_dim // 8) * 8
     cells = np.full((2, stop + 3, width), np.nan, _CELLS[cache])
     cells[:, start:stop] = 0
     cells[:, start:stop, :head_dim] = random.standard_normal((2, stop - start, head_dim))
-    query, scale = np.zeros(width, np.float32), float(random.uniform(0.5, 2)) / head_dim**0.5
-    query[:head_dim] = random.standard_normal(head_dim) * 2
     keys, values = (c[start:stop].astype(np.float64) for c in cells)
-    scores = scale * (keys @ query)
-    shares = np.exp(scores - scores.max())
-    shares /= shares.sum()
-    out, scratch = Output((width,)), Output((stop - start + 8,))
-    scratch.array[:] = 1e30  # the kernel's exp makes nothing of a NaN
+    asked = np.full((queries, width + 5), np.nan, np.float32)
+    asked[:, :width] = 0
+    asked[:, :head_dim] = random.standard_normal((queries, head_dim)) * 2
+    query, scale = asked[:, :width].astype(np.float64), float(random.uniform(0.5, 2)) / head_dim**0.5
+    last = stop if last is None else last
+    position, end = np.arange(start, stop), last + np.arange(queries)[:, None]
+    seen = (position < end) & (position >= end - window)
+    scores = np.where(seen, scale * (query @ keys.T), -np.inf)
+    with np.errstate(invalid="ignore"):  # a query that sees nothing
+        largest = scores.max(axis=1, keepdims=True)
+        shares = np.exp(scores - largest)
+    around = np.full((queries, 9), np.nan)  # a part has room for more than there is, and the next one begins later
+    total = shares.sum(axis=1, keepdims=True)
+    expected = np.hstack([shares @ values, largest, total, around])
+    sizes = np.hstack([shares @ np.abs(values), np.ones_like(total), total, around])
+    # an error in a score is an error of the same size in its share
+    tolerance = _ROUNDING * (2 + scale * (np.abs(query) @ np.abs(keys).T).max()) * sizes
+    undefined = np.zeros(expected.shape, bool)
+    undefined[~seen.any(axis=1), : width + 2] = True
+    expected[undefined] = 0
+    out, scratch = Output(expected.shape), Output((attention.SCORES,))
     arguments = (
-        cells[0].ctypes.data, cells[1].ctypes.data, start, stop, query.ctypes.data, scale, scratch.address, out.address,
-        width,
+        *(c.ctypes.data for c in cells), start, stop, last, window, asked.ctypes.data, asked.strides[0], scale,
+        scratch.address, out.address, out.array.strides[0], width,
     )  # fmt: skip
 
-    def run(_keep: object = (cells, query)) -> None:
-        getattr(attention, f"attend_{cache}")(*arguments)
+    def run(_keep: object = (cells, asked)) -> None:
+        getattr(attention, f"attend_{cache}_{queries}")(*arguments)
 
-    # an error in a score is an error of the same size in its share
-    tolerance = (_ROUNDING * (2 + scale * (np.abs(keys) @ np.abs(query)).max())) * (shares @ np.abs(values))
-    return Case(run, (Expectation(out, shares @ values, tolerance),), 2 * keys.size * cells.itemsize, (scratch,))
+    return Case(run, (Expectation(out, expected, tolerance, undefined),), 2 * keys.size * cells.itemsize, (scratch,))
+
+
+def merge(random: Random, *, width: int) -> Case:
+    """Two parts of a query's attention as one."""
+    parts = random.standard_normal((2, width + 8), np.float32)
+    parts[:, width] *= 20
+    parts[:, width + 1] = np.exp(parts[:, width + 1])
+    out, (one, other) = Output((width + 2,)), parts[:, : width + 2].astype(np.float64)
+    out.array[:] = one
+    largest = max(one[width], other[width])
+    a, b = np.exp(one[width] - largest) * one, np.exp(other[width] - largest) * other
+    expected, tolerance = a + b, 5 * _ROUNDING * (np.abs(a) + np.abs(b)) + 1e-30
+    expected[width], tolerance[width] = largest, 0
+
+    def run(_keep: object = parts) -> None:
+        attention.merge(out.address, parts[1].ctypes.data, width)
+
+    return Case(run, (Expectation(out, expected, tolerance),))
+
+
+def settle(random: Random, *, head_dim: int) -> Case:
+    """The weighted mean from a part."""
+    width = -(-head_dim // 8) * 8
+    part, out = _vector(random, width + 8), Output((head_dim,))
+    part[width + 1] = np.exp(part[width + 1])
+    mean = part[:head_dim].astype(np.float64) / part[width + 1]
+
+    def run(_keep: object = part) -> None:
+        attention.settle(part.ctypes.data, width, head_dim, out.address)
+
+    return Case(run, (Expectation(out, mean, _ROUNDING * np.abs(mean)),))
 
 
 def remember(cache: str, random: Random, *, width: int) -> Case:
@@ -454,7 +511,10 @@ def _vector(random: Random, size: int) -> np.ndarray:
 TABLE: dict[str, Callable[..., Case]] = {
     **{f"{f.__name__}_{w}": partial(f, w) for f in (gather_dot, gather_axpy, read_row) for w in FORMATS},
     **{f"{f.__name__}_{w}": partial(f, w) for f in (dot_tokens, down_strip) for w in FORMATS},
-    **{f"{f.__name__}_{c}": partial(f, c) for f in (attend, remember) for c in _CELLS},
+    **{f"attend_{c}_{queries}": partial(attend, c, queries) for c in _CELLS for queries in (1, 2, 3, 4)},
+    **{f"remember_{c}": partial(remember, c) for c in _CELLS},
+    "merge": merge,
+    "settle": settle,
     "fit_q4": fit_q4,
     **{f"quantize_{w}": partial(quantize_vector, w) for w in ("q8", "q4")},
     "rms_norm": rms_norm,

@@ -17,13 +17,13 @@ from numba import types
 from numba.core import cgutils
 
 import fewfire
-from fewfire import engine
 from fewfire.kernels.compile import Primitive
 from fewfire.kernels.simd import call, instruction, load_i64, store_i64
 
 MATRICES = ("qkv", "o", "gate", "up")  # told apart by where a call's matrix lies
 PARTS = (*MATRICES, "down", "attention", "head", "small steps")
-_PART_OF = {"gather_axpy": "down", "attend": "attention", "table_dot": "head"}  # all else is small
+_PART_OF = {"gather_axpy": "down", "table_dot": "head"}  # all else is small
+_PART_OF |= dict.fromkeys(("attend", "attend_rest", "merge", "settle"), "attention")
 _OF_PREFILL = ("dot_tokens", "down_strip", "table_tokens")
 _OPTIONS = {"error_model": "numpy", "boundscheck": False}
 # The time stamp counter of x86; elsewhere a timer that programs may read.
@@ -43,18 +43,10 @@ def now() -> int:
     return ticks()
 
 
-_Forward = Callable[[tuple[Any, ...]], None]
-_FORMS: dict[int, Callable[[_Forward], Callable[..., None]]] = {
-    2: lambda f: lambda a, b: f((a, b)),
-    3: lambda f: lambda a, b, c: f((a, b, c)),
-    4: lambda f: lambda a, b, c, d: f((a, b, c, d)),
-    5: lambda f: lambda a, b, c, d, e: f((a, b, c, d, e)),
-    6: lambda f: lambda a, b, c, d, e, g: f((a, b, c, d, e, g)),
-    7: lambda f: lambda a, b, c, d, e, g, h: f((a, b, c, d, e, g, h)),
-    8: lambda f: lambda a, b, c, d, e, g, h, i: f((a, b, c, d, e, g, h, i)),
-    9: lambda f: lambda a, b, c, d, e, g, h, i, j: f((a, b, c, d, e, g, h, i, j)),
-    10: lambda f: lambda a, b, c, d, e, g, h, i, j, k: f((a, b, c, d, e, g, h, i, j, k)),
-}
+def _form(forward: Callable[[tuple[Any, ...]], None], count: int) -> Callable[..., None]:
+    """`forward` as a function of so many arguments: compiled functions cannot take any number of them."""
+    names = ", ".join(f"a{i}" for i in range(count))
+    return eval(f"lambda {names}: forward(({names},))", {"forward": forward})
 
 
 def _probe(primitive: Primitive, counters: np.ndarray, first: tuple[int, ...], last: tuple[int, ...], part: int) -> Any:
@@ -73,7 +65,7 @@ def _probe(primitive: Primitive, counters: np.ndarray, first: tuple[int, ...], l
                 chosen = i
         store_i64(at + 8 * chosen, load_i64(at + 8 * chosen) + spent)
 
-    form = _FORMS[len(primitive._signature.args)](forward)
+    form = _form(forward, len(primitive._signature.args))
     return numba.cfunc(primitive._signature, **_OPTIONS)(form)
 
 
@@ -86,9 +78,8 @@ class Probes:
         arrays = [model.packed.arrays["updown" if name == "up" else name] for name in MATRICES]
         first = tuple(a.ctypes.data for a in arrays)
         last = tuple(a.ctypes.data + a.nbytes for a in arrays)
-        primitives = engine._primitives(model.packed.formats, model.engine._cache_format)
         self._probes: dict[str, Any] = {}
-        for name, primitive in primitives.items():
+        for name, primitive in model.engine._primitives.items():
             if name in _OF_PREFILL:
                 continue
             part = PARTS.index(_PART_OF.get(name, "small steps"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fewfire.config import ModelConfig
+from fewfire.kernels.attention import RANGE, SCORES
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.decode import NEURON_CHUNKS, WORK
 from fewfire.kernels.prefill import BATCH, ROWS
@@ -86,16 +87,20 @@ class Workspace(Buffers):
         self.activation("attended", attended)
         self.point("joined", attended.values)
         hidden, head, half = padded(c.hidden_size), head_width(c), c.head_dim // 2
-        factors = axpy_scratch(c.hidden_size)
-        self.number(factors_stride=4 * factors, scores_stride=4 * (positions + 8))
+        factors, ranges = axpy_scratch(c.hidden_size), -(-positions // RANGE)
+        self.number(
+            factors_stride=4 * factors,
+            scores_stride=4 * SCORES,
+            parts_stride=4 * ranges * (head + 8),
+        )
         self.floats(
             hidden=(hidden,),
             delta=(hidden,),
             qkv=(_qkv_rows(c),),
             query=(c.num_attention_heads, head),
-            context=(c.num_attention_heads, head),
             key=(head,),
-            scores=(c.num_attention_heads, positions + 8),
+            parts=(c.num_attention_heads, ranges, head + 8),
+            scores=(threads, SCORES),
             partial=(NEURON_CHUNKS, hidden),
             cos=(2, half),
             sin=(2, half),
@@ -107,23 +112,25 @@ class Workspace(Buffers):
 
 
 class Batch(Buffers):
-    """Buffers for a batch of tokens (a multiple of 4) over a cache of up to so many positions."""
+    """Buffers for a batch of tokens (a multiple of 4)."""
 
-    def __init__(self, c: ModelConfig, threads: int, tokens: int, positions: int) -> None:
+    def __init__(self, c: ModelConfig, threads: int, tokens: int) -> None:
         super().__init__(BATCH)
-        self.tokens, self.positions = tokens, positions
+        self.tokens = tokens
         x, attended = Activation(c.hidden_size, tokens), Activation(c.num_attention_heads * c.head_dim, tokens)
         self.activation("x", x)
         self.activation("attended", attended)
         self.point("joined", attended.values)
         self.point("wanted", np.zeros((threads, x.descriptor.size), np.int64))
         hidden, head, half = padded(c.hidden_size), head_width(c), c.head_dim // 2
+        parts = 4 * (c.num_attention_heads // c.num_key_value_heads + 1)
         self.number(
             tokens=tokens,
             joined_stride=attended.values.strides[0],
             chunk_stride=4 * tokens * ROWS,
-            head_stride=4 * head,
-            scores_stride=4 * (positions + 8),
+            key_stride=4 * head,
+            parts_stride=4 * parts * (head + 8),
+            scores_stride=4 * SCORES,
         )
         self.floats(
             hidden=(tokens, hidden),
@@ -137,6 +144,6 @@ class Batch(Buffers):
             up=(threads, tokens, ROWS),
             panel=(threads, 64, 64),
             key=(threads, head),
-            context=(threads, head),
-            scores=(threads, positions + 8),
+            parts=(threads, parts, head + 8),
+            scores=(threads, SCORES),
         )

@@ -54,16 +54,17 @@ class Engine:
         self.config = packed.config
         self._team = Team(threads)
         self._lock = threading.Lock()
+        group = packed.config.num_attention_heads // packed.config.num_key_value_heads
         # Cached keys and values are as exact as the weights deserve.
         self._cache_format = "f32" if packed.weights in ("f32", "bf16") else "f16"
         self._cell = head_width(packed.config) * (4 if self._cache_format == "f32" else 2)
-        primitives = _primitives(packed.formats, self._cache_format)
-        _compile([*primitives.values(), decode, prefill], progress)
-        self._model = _model(packed, primitives, self._cell)
+        self._primitives = _primitives(packed.formats, self._cache_format, group % attention.QUERIES)
+        _compile([*self._primitives.values(), decode, prefill], progress)
+        self._model = _model(packed, self._primitives, self._cell)
         self._layers = _layers(packed)
         self._packed = packed  # owns the mapped weights
         self._work = Workspace(packed.config, threads, 0)
-        self._batch = Batch(packed.config, threads, TOKENS, 0)
+        self._batch = Batch(packed.config, threads, TOKENS)
 
     @property
     def threads(self) -> int:
@@ -97,8 +98,8 @@ class Engine:
         # The kernel's rows end with those of the padding.
         out = logits if rows == len(logits) else np.empty((rows, self.config.vocab_size), np.float32)
         with self._lock:
-            if self._batch.tokens != count or self._batch.positions < cache.capacity:
-                self._batch = Batch(self.config, self.threads, count, cache.capacity)
+            if self._batch.tokens != count:
+                self._batch = Batch(self.config, self.threads, count)
             batch = self._batch
             self._team.run(
                 prefill, self._model.record, self._layers.record, batch.record, cache.record,
@@ -111,8 +112,11 @@ class Engine:
 _QUANTIZERS = {"q4": pointwise.quantize_q4, "q8": pointwise.quantize_q8}
 
 
-def _primitives(of: Formats, cache: str) -> dict[str, Primitive]:
-    """The primitives for a model's number formats, by their fields in the model's record."""
+def _primitives(of: Formats, cache: str, rest: int) -> dict[str, Primitive]:
+    """The primitives for a model's number formats, by their fields in the model's record.
+
+    `rest` is how many heads of a group are left if they meet the cache four at a time.
+    """
     primitives = {
         "gather_dot": getattr(gather, f"gather_dot_{of.rows}"),
         "gather_axpy": getattr(axpy, f"gather_axpy_{of.down}"),
@@ -121,9 +125,13 @@ def _primitives(of: Formats, cache: str) -> dict[str, Primitive]:
         "table_dot": getattr(gather, f"gather_dot_{of.table}"),
         "table_tokens": getattr(dense, f"dot_tokens_{of.table}"),
         "table_row": getattr(rows, f"read_row_{of.table}"),
-        "attend": getattr(attention, f"attend_{cache}"),
+        "attend": getattr(attention, f"attend_{cache}_4"),
+        "merge": attention.merge,
+        "settle": attention.settle,
         "remember": getattr(attention, f"remember_{cache}"),
     }
+    if rest:
+        primitives["attend_rest"] = getattr(attention, f"attend_{cache}_{rest}")
     for name in ("rms_norm", "layer_norm", "rotate", "activate"):
         primitives[name] = getattr(pointwise, name)
     for name, weights in (("quantize", of.rows), ("table_quantize", of.table)):

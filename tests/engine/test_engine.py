@@ -13,6 +13,7 @@ import oracle
 from fewfire import packed
 from fewfire.checkpoint import open_checkpoint
 from fewfire.engine import BATCH
+from fewfire.kernels.attention import RANGE
 from fewfire.kernels.compile import Compiled
 from fewfire.model import Model
 from fewfire.pack import pack
@@ -138,6 +139,29 @@ def test_any_number_of_threads_gives_the_same_bits(family: str, weights: str, pa
     one, *others = (logits(model_of(packed_path(family, weights), threads), ids, 37) for threads in (1, 2, 3))
     for other in others:
         np.testing.assert_array_equal(other, one)
+
+
+@pytest.mark.parametrize("window", [None, 5, RANGE + 1])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8])
+def test_attention_over_several_ranges(group: int, window: int | None, tmp_path: Path) -> None:
+    """Prefill in pieces that begin and end anywhere, then decode, on any number of threads."""
+    shapes = {"hidden_size": 32, "num_attention_heads": 2 * group, "num_key_value_heads": 2, "head_dim": 8}
+    shapes |= {
+        "num_hidden_layers": 1,
+        "intermediate_size": 32,
+        "max_position_embeddings": 600,
+        "sliding_window": window,
+    }
+    ids = prompt(3 * RANGE + 2, seed=group)
+    source = write_tiny("mistral", tmp_path / "source", **shapes)
+    for weights in ("f32", "q4"):  # a float32 cache, a float16 one
+        path = pack(source, tmp_path / weights, weights)
+        model, *others = (model_of(path, threads) for threads in (1, 2, 3))
+        found = logits(model, ids, RANGE - 2, 5, 2 * RANGE - 20)
+        for other in others:
+            np.testing.assert_array_equal(logits(other, ids, RANGE - 2, 5, 2 * RANGE - 20), found)
+        if weights == "f32":
+            assert largest(found, oracle.logits(model.packed, ids)) < TOLERANCE
 
 
 @pytest.mark.parametrize("weights", ["f32", "q4"])

@@ -1,6 +1,7 @@
 """One token through all layers, compiled as one function that every thread of a team runs.
 
-A layer is four phases (see `team.py`): rows of q, k and v; heads; rows of o; neurons. The serial step that follows each
+A layer is four phases (see `team.py`): rows of q, k and v; attention, where a chunk is all queries of one cached head
+over a range of positions; rows of o; neurons. The serial step that follows each
 is small and done by whoever finished last. In the last phase a chunk of neurons goes through select, gather and scatter
 on its own: gate rows, activation, up rows, and the scaled down rows into the chunk's own y; the chunks' sums are added
 in a fixed order. So the result is the same bits for any number of threads.
@@ -8,6 +9,7 @@ in a fixed order. So the result is the same bits for any number of threads.
 
 from numba import types
 
+from fewfire.kernels.attention import RANGE
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import inline, kernel, records
 from fewfire.kernels.layer import (
@@ -16,10 +18,12 @@ from fewfire.kernels.layer import (
     MODEL,
     add_block,
     add_to,
-    attend_head,
+    attend_group,
     embed,
+    first_seen,
     multiply_by,
     next_input,
+    part_size,
     place_heads,
     quantize,
     record,
@@ -38,12 +42,12 @@ _HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
 SOON = 2  # rows that are neighbours are asked for so many rows ahead
 
 # Buffers of one token, float32 unless said: descriptors of `x` (hidden,) and `attended`, whose values are `joined`
-# (heads * head_dim,); the residual stream `hidden` and what a block adds to it, `delta`; `query` and `context`
-# (heads, head_width), `key` (head_width,), `scores` (heads, scores_stride / 4); `partial` (NEURON_CHUNKS, width); `cos`
-# and `sin` (2, rope_half) of the RoPE angles. Each thread has `gate` and `up` (BLOCK,), `block` (2, BLOCK) int32 and
-# `factors` (scratch of gather_axpy).
+# (heads * head_dim,); the residual stream `hidden` and what a block adds to it, `delta`; `query`
+# (heads, head_width), `key` (head_width,), `parts` of the heads' attention, with so many bytes for the ranges of one
+# head; `partial` (NEURON_CHUNKS, width); `cos` and `sin` (2, rope_half) of the RoPE angles. Each thread has `scores`
+# (scratch of attention), `gate` and `up` (BLOCK,), `block` (2, BLOCK) int32 and `factors` (scratch of gather_axpy).
 WORK = record("""
-    x attended joined hidden delta qkv query context key scores scores_stride partial cos sin
+    x attended joined hidden delta qkv query key parts parts_stride scores scores_stride partial cos sin
     gate up block factors factors_stride
 """)
 
@@ -121,6 +125,17 @@ def _neurons(model, weights, listed, count, begin, end, x, block, gate, up, y, s
         rows, soon, size = soon, rows, later
 
 
+@inline
+def _join_heads(model, ranges, parts, stride, joined):
+    """All heads' attention from what was found in the ranges."""
+    size, width = part_size(model), model.head_width
+    for head in range(model.heads):
+        part = parts + head * stride
+        for number in range(1, ranges):
+            call(model.merge, (part, part + number * size, width))
+        call(model.settle, (part, width, model.head_dim, joined + 4 * head * model.head_dim))
+
+
 @kernel(types.int64[::1], _I, _I, records(MODEL), records(LAYER), records(WORK), records(CACHE), _I, _I, _I)
 def decode(team, phase, thread, models, layers, works, caches, token, position, logits):
     """Logits `(vocab,)` of the token at `position`, whose key and value go into the cache.
@@ -150,14 +165,21 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
             chunk = take(team, phase, thread, chunks)
         phase = wait(team, phase)
 
-        head = take(team, phase, thread, model.heads)
-        while head >= 0:
-            scores, context = work.scores + head * work.scores_stride, work.context + 4 * head * model.head_width
-            attend_head(model, weights, cache, layer, position, head, work.query, scores, context, work.joined)
-            if finish(team, model.heads):
+        first, scores = first_seen(weights, position) // RANGE, work.scores + thread * work.scores_stride
+        ranges = position // RANGE + 1 - first
+        pieces = model.kv_heads * ranges
+        chunk = take(team, phase, thread, pieces)
+        while chunk >= 0:
+            kv_head, number = chunk // ranges, chunk % ranges
+            at, stride = work.parts + number * part_size(model), work.parts_stride
+            attend_group(
+                model, weights, cache, layer, position, kv_head, first + number, work.query, scores, at, stride
+            )
+            if finish(team, pieces):
+                _join_heads(model, ranges, work.parts, work.parts_stride, work.joined)
                 quantize(model.quantize, work.attended, 0)
                 advance(team, phase)
-            head = take(team, phase, thread, model.heads)
+            chunk = take(team, phase, thread, pieces)
         phase = wait(team, phase)
 
         chunk = take(team, phase, thread, chunks)

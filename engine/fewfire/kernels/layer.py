@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from fewfire.kernels.attention import EVERYTHING, RANGE
 from fewfire.kernels.compile import inline
 from fewfire.kernels.gather import VALUES
 from fewfire.kernels.simd import add, call, load_f32, load_f32x8, load_i64, mul, splat_f32, store_f32, store_f32x8
@@ -20,10 +21,10 @@ def record(integers: str, floats: str = "") -> np.dtype:
 
 
 # Primitives for the model's number formats; "table" is the embedding and the head, which may have another format. The
-# quantizers are 0 for f32 and bf16 rows.
+# quantizers are 0 for f32 and bf16 rows. `attend` takes four queries, `attend_rest` the heads of a group that are left.
 _PRIMITIVES = """
-    gather_dot gather_axpy dot_tokens down_strip table_dot table_tokens table_row attend remember
-    rms_norm layer_norm quantize table_quantize rotate activate
+    gather_dot gather_axpy dot_tokens down_strip table_dot table_tokens table_row
+    attend attend_rest merge settle remember rms_norm layer_norm quantize table_quantize rotate activate
 """
 # `width` is the hidden size padded to 64, `head_width` head_dim padded to 8, `cell` the bytes of one cached head.
 _SHAPE = """
@@ -143,15 +144,75 @@ def place_heads(model, weights, cache, layer, position, qkv, cos, sin, query, ke
 
 
 @inline
-def attend_head(model, weights, cache, layer, position, head, query, scores, context, joined):
-    """One query head's attention, from its query to its place in the joined heads; scores and context are scratch."""
-    kv_head, stop = head * model.kv_heads // model.heads, position + 1
-    start = max(0, stop - weights.window) if weights.window > 0 else 0
+def first_seen(weights, position):
+    """The first position that a token at `position` sees."""
+    return max(0, position + 1 - weights.window) if weights.window > 0 else 0
+
+
+@inline
+def part_size(model):
+    """Bytes of what a query has found in some range of positions (see `attention.py`)."""
+    return 4 * (model.head_width + 8)
+
+
+@inline
+def attend_group(model, weights, cache, layer, position, kv_head, number, query, scores, parts, stride):
+    """One token's queries of one cached head over range `number`; the heads' parts are `stride` bytes apart."""
     keys = head_cache(cache.keys, cache, model, layer, kv_head)
     values = head_cache(cache.values, cache, model, layer, kv_head)
-    query += 4 * head * model.head_width
-    call(model.attend, (keys, values, start, stop, query, model.attention_scale, scores, context, model.head_width))
-    copy(joined + 4 * head * model.head_dim, context, model.head_dim)
+    start, stop = max(first_seen(weights, position), RANGE * number), min(position + 1, RANGE * (number + 1))
+    group, size, scale = model.heads // model.kv_heads, 4 * model.head_width, model.attention_scale
+    for head in range(group * kv_head, group * (kv_head + 1), 4):
+        attend = model.attend if group * (kv_head + 1) - head >= 4 else model.attend_rest
+        seen, out = (start, stop, stop, EVERYTHING), parts + head * stride
+        call(attend, (keys, values, *seen, query + head * size, size, scale, scores, out, stride, model.head_width))
+
+
+@inline
+def _attend_tokens(model, weights, cache, layer, position, count, head, number, query, scores, out):
+    """One head's queries of four tokens from `position` on, of which `count` are there, over range `number`."""
+    kv_head = head * model.kv_heads // model.heads
+    keys = head_cache(cache.keys, cache, model, layer, kv_head)
+    values = head_cache(cache.values, cache, model, layer, kv_head)
+    start, stop = max(first_seen(weights, position), RANGE * number), min(position + count, RANGE * (number + 1))
+    size, window = 4 * model.head_width, weights.window if weights.window > 0 else EVERYTHING
+    seen, query, scale = (start, stop, position + 1, window), query + head * size, model.attention_scale
+    width = model.head_width
+    call(model.attend, (keys, values, *seen, query, model.heads * size, scale, scores, out, part_size(model), width))
+
+
+@inline
+def attend_block(model, weights, cache, layer, position, count, query, scores, parts, joined, joined_stride):
+    """Up to four tokens' attention, from their queries to the joined heads.
+
+    `parts` is scratch for 4 * (group + 1) parts: those of the ranges so far, and those of one more range.
+    """
+    group, part = model.heads // model.kv_heads, part_size(model)
+    other = parts + 4 * group * part
+    for kv_head in range(model.kv_heads):
+        first = first_seen(weights, position) // RANGE
+        for number in range(first, (position + count - 1) // RANGE + 1):
+            for member in range(group):  # the heads of a group meet the range while it is in the first-level cache
+                head, ours = group * kv_head + member, parts + 4 * member * part
+                out = ours if number == first else other
+                _attend_tokens(model, weights, cache, layer, position, count, head, number, query, scores, out)
+                if number > first:
+                    for t in range(count):
+                        _join(model, weights, position + t, number, ours + t * part, other + t * part)
+        for member in range(group):
+            for t in range(count):
+                out = joined + t * joined_stride + 4 * (group * kv_head + member) * model.head_dim
+                call(model.settle, (parts + (4 * member + t) * part, model.head_width, model.head_dim, out))
+
+
+@inline
+def _join(model, weights, position, number, part, other):
+    """Adds a token's part over range `number` to the one over the ranges before it, if it sees any of them."""
+    first = first_seen(weights, position) // RANGE
+    if first == number:
+        copy(part, other, model.head_width + 8)
+    elif first < number <= position // RANGE:
+        call(model.merge, (part, other, model.head_width))
 
 
 @inline

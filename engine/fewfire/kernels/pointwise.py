@@ -48,8 +48,8 @@ SILU, GELU_TANH, RELU, RELU2, FATRELU = range(5)  # the order of config.ACTIVATI
 
 @inline
 def exp(x):
-    """e**x of each lane, relative error under 2e-7; -inf and everything under -87 give about 1e-38."""
-    x = minimum(maximum(x, splat_f32(-87.0)), splat_f32(88.0))
+    """e**x of each lane, relative error under 2e-7; -inf and everything under -87 give about 1e-38. NaN stays NaN."""
+    x = minimum(splat_f32(88.0), maximum(splat_f32(-87.0), x))
     n = rint(mul(x, splat_f32(1.4426950408889634)))
     r = fma(n, splat_f32(-0.693359375), x)  # ln 2 in two parts (Cody and Waite)
     r = fma(n, splat_f32(2.12194440e-4), r)

@@ -14,7 +14,7 @@ from fewfire.kernels.layer import (
     MODEL,
     add_block,
     add_to,
-    attend_head,
+    attend_block,
     copy,
     embed,
     multiply_by,
@@ -34,10 +34,11 @@ _HEAD_ROWS = 64
 
 # Buffers of a batch of `tokens` tokens (a multiple of 4): row t belongs to token t; otherwise as in `decode.WORK`.
 # `fired` (tokens, neurons) is act(gate) * up. Each thread has `gate` and `up` (tokens, ROWS), `panel` (64 * 64 floats),
-# `key`, `context`, `scores`, and the descriptor `wanted` of those vectors whose logits are asked for.
+# `key`, `parts` and `scores` (scratch of attention), and the descriptor `wanted` of the vectors whose logits are asked
+# for.
 BATCH = record("""
     tokens x attended joined joined_stride hidden delta qkv query fired cos sin
-    gate up chunk_stride panel key context head_stride scores scores_stride wanted
+    gate up chunk_stride panel key key_stride parts parts_stride scores scores_stride wanted
 """)
 
 
@@ -148,7 +149,7 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
         phase = wait(team, phase)
 
         queries = 4 * model.heads * model.head_width
-        key, context = batch.key + thread * batch.head_stride, batch.context + thread * batch.head_stride
+        key = batch.key + thread * batch.key_stride
         block = take(team, phase, thread, blocks)
         while block >= 0:
             for t in range(TOKENS * block, min(count, TOKENS * block + TOKENS)):
@@ -160,14 +161,20 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
             block = take(team, phase, thread, blocks)
         phase = wait(team, phase)
 
-        scores = batch.scores + thread * batch.scores_stride
+        scores, parts = batch.scores + thread * batch.scores_stride, batch.parts + thread * batch.parts_stride
         block = take(team, phase, thread, blocks)
         while block >= 0:
-            for t in range(TOKENS * block, min(count, TOKENS * block + TOKENS)):
-                query, joined = batch.query + t * queries, batch.joined + t * batch.joined_stride
-                for head in range(model.heads):
-                    attend_head(model, weights, cache, layer, position + t, head, query, scores, context, joined)
-                quantize(model.quantize, batch.attended, t)
+            t = TOKENS * block
+            several, query, joined = (
+                min(count - t, TOKENS),
+                batch.query + t * queries,
+                batch.joined + t * batch.joined_stride,
+            )
+            attend_block(
+                model, weights, cache, layer, position + t, several, query, scores, parts, joined, batch.joined_stride
+            )
+            for other in range(t, t + several):
+                quantize(model.quantize, batch.attended, other)
             if finish(team, blocks):
                 advance(team, phase)
             block = take(team, phase, thread, blocks)

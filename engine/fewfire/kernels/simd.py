@@ -46,7 +46,10 @@ def _vector(name: str) -> Vector:
 
 
 def instruction(result: types.Type, *arguments: types.Type) -> Callable[[Callable[..., Any]], Any]:
-    """Makes a Numba intrinsic from `emit(builder, *llvm_values) -> llvm_value`; scalars are cast to `arguments`."""
+    """Makes a Numba intrinsic from `emit(builder, *llvm_values) -> llvm_value`; scalars are cast to `arguments`.
+
+    Its `emit` makes it a part of a longer one.
+    """
 
     def wrap(emit: Callable[..., Any]) -> Any:
         signature = result(*arguments)
@@ -64,7 +67,9 @@ def instruction(result: types.Type, *arguments: types.Type) -> Callable[[Callabl
         typed = forms[len(arguments)]
         typed.__name__ = typed.__qualname__ = emit.__name__
         typed.__doc__ = emit.__doc__
-        return intrinsic(typed)
+        made = intrinsic(typed)
+        made.emit = emit
+        return made
 
     return wrap
 
@@ -326,12 +331,14 @@ def divide(builder, a, b):
 
 @instruction(f32x8, f32x8, f32x8)
 def maximum(builder, a, b):
-    return invoke(builder, "llvm.maxnum.v8f32", f32x8.llvm, a, b)
+    """The larger one; b where either is NaN, as on x86, where anything else takes three instructions."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
 @instruction(f32x8, f32x8, f32x8)
 def minimum(builder, a, b):
-    return invoke(builder, "llvm.minnum.v8f32", f32x8.llvm, a, b)
+    """The smaller one; b where either is NaN."""
+    return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
 
 @instruction(f32x8, f32x8)
@@ -378,6 +385,30 @@ def max_lane(builder, value):
 def to_f32(builder, value):
     """int32 to float32, rounded to nearest."""
     return builder.sitofp(value, f32x8.llvm)
+
+
+@instruction(f32x8, f32x8)
+def swap_halves(builder, value):
+    """Lanes 4 to 7, then 0 to 3."""
+    return select_lanes(builder, value, [4, 5, 6, 7, 0, 1, 2, 3])
+
+
+def _adder(first: list[int], second: list[int]) -> Any:
+    """Makes an instruction that adds these lanes of a pair of registers (0 to 7, 8 to 15) to those."""
+
+    @instruction(f32x8, f32x8, f32x8)
+    def added(builder, a, b):
+        one, other = (ir.Constant(ir.VectorType(I32, 8), lanes) for lanes in (first, second))
+        return builder.fadd(builder.shuffle_vector(a, b, one), builder.shuffle_vector(a, b, other))
+
+    return added
+
+
+# Three steps that add up the lanes of eight registers together: [a's halves, b's halves], in each half [a's pairs,
+# b's pairs], and in each half [a's two pairs of neighbours, b's]. The first two need one shuffle and a blend each.
+add_halves = _adder([0, 1, 2, 3, 12, 13, 14, 15], [4, 5, 6, 7, 8, 9, 10, 11])
+add_pairs = _adder([0, 1, 10, 11, 4, 5, 14, 15], [2, 3, 8, 9, 6, 7, 12, 13])
+add_neighbours = _adder([0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15])
 
 
 @instruction(types.float32, f32x8)
