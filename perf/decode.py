@@ -91,7 +91,7 @@ def ratios(contenders: list[Contender], samples: list[Samples]) -> list[dict[str
                         "peer": theirs.name,
                         "threads": ours.threads,
                         "equal_bits": _EQUAL_BITS.get(ours.name) == theirs.name,
-                        "best_prefill": theirs.name == best[theirs.name.partition(":")[0], theirs.threads],
+                        "best_prefill": (theirs.name, theirs.threads) in best,
                         "prefill": pairwise(their.prefill, our.prefill),
                         "decode": pairwise(their.decode, our.decode),
                     }
@@ -99,13 +99,13 @@ def ratios(contenders: list[Contender], samples: list[Samples]) -> list[dict[str
     return out
 
 
-def _best_prefill(contenders: list[Contender], samples: list[Samples]) -> dict[tuple[str, int], str]:
-    """The format with which each engine reads a prompt fastest, by engine and threads."""
-    best: dict[tuple[str, int], tuple[float, str]] = {}
+def _best_prefill(contenders: list[Contender], samples: list[Samples]) -> set[tuple[str, int]]:
+    """Names and threads of what reads a prompt fastest among an engine's formats, where there are several."""
+    found: dict[tuple[str, int], list[tuple[float, str]]] = {}
     for contender, sample in zip(contenders, samples, strict=True):
-        key, found = (contender.name.partition(":")[0], contender.threads), (median(sample.prefill), contender.name)
-        best[key] = min(best.get(key, found), found)
-    return {key: name for key, (_, name) in best.items()}
+        key = contender.name.partition(":")[0], contender.threads
+        found.setdefault(key, []).append((median(sample.prefill), contender.name))
+    return {(min(formats)[1], threads) for (_, threads), formats in found.items() if len(formats) > 1}
 
 
 def speed_table(result: dict[str, Any]) -> str:

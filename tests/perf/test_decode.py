@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,6 +29,17 @@ def test_contenders_are_measured_and_reported(tiny_path, tmp_path, monkeypatch, 
         assert contender["share_of_bandwidth"] > 0
     assert "fewfire:q4 / transformers:f32" in figures({"tiny": result})
     assert str(tmp_path) not in json.dumps(result["machine"])
+
+
+def test_the_format_that_reads_a_prompt_fastest_is_marked():
+    names = ["fewfire:q4", "llama.cpp:Q4_0", "llama.cpp:Q8_0", "ctranslate2:int8"]
+    contenders = [SimpleNamespace(name=name, threads=1) for name in names]
+    samples = [decode.Samples([seconds], [1.0]) for seconds in (1.0, 3.0, 2.0, 1.0)]
+    found = decode.ratios(contenders, samples)
+    assert [r["peer"] for r in found if r["best_prefill"]] == ["llama.cpp:Q8_0"]
+    short = decode.ratio_table({"ratios": found}, all_pairs=False)
+    assert "fewfire:q4 / llama.cpp:Q8_0 (its best prefill)" in short
+    assert "fewfire:q4 / llama.cpp:Q4_0 " in short  # equal bits
 
 
 def test_an_unknown_engine_is_an_error(tiny_path):
