@@ -51,7 +51,7 @@ _I = types.int64
 _ATTEND = (_I, _I, _I, _I, _I, _I, _I, _I, types.float64, _I, _I, _I, _I)
 _FEW, _FULL = beside(1), beside(QUERIES)
 
-RANGE = 128  # positions; ranges begin at its multiples
+RANGE = 128  # positions, beginning at its multiples: 16 kB of f16 keys of 64 elements, half the first-level cache
 SCORES = QUERIES * (RANGE + 4)  # floats of scratch
 EVERYTHING = 1 << 40  # a window that hides nothing
 

@@ -1,10 +1,10 @@
 """One token through all layers, compiled as one function that every thread of a team runs.
 
 A layer is four phases (see `team.py`): rows of q, k and v; attention, where a chunk is all queries of one cached head
-over a range of positions; rows of o; neurons. The serial step that follows each
-is small and done by whoever finished last. In the last phase a chunk of neurons goes through select, gather and scatter
-on its own: gate rows, activation, up rows, and the scaled down rows into the chunk's own y; the chunks' sums are added
-in a fixed order. So the result is the same bits for any number of threads.
+over a range of positions; rows of o; neurons. The serial step that follows each is small and done by whoever finished
+last. In the last phase a chunk of neurons goes through select, gather and scatter on its own: gate rows, activation, up
+rows, and the scaled down rows into the chunk's own y; the chunks' sums are added in a fixed order, as are the ranges'
+parts. So the result is the same bits for any number of threads.
 """
 
 from numba import types
@@ -42,9 +42,9 @@ _HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
 SOON = 2  # rows that are neighbours are asked for so many rows ahead
 
 # Buffers of one token, float32 unless said: descriptors of `x` (hidden,) and `attended`, whose values are `joined`
-# (heads * head_dim,); the residual stream `hidden` and what a block adds to it, `delta`; `query`
-# (heads, head_width), `key` (head_width,), `parts` of the heads' attention, with so many bytes for the ranges of one
-# head; `partial` (NEURON_CHUNKS, width); `cos` and `sin` (2, rope_half) of the RoPE angles. Each thread has `scores`
+# (heads * head_dim,); the residual stream `hidden` and what a block adds to it, `delta`; `query` (heads, head_width),
+# `key` (head_width,); `parts` of the heads' attention, the ranges of one head so many bytes after those of the one
+# before; `partial` (NEURON_CHUNKS, width); `cos` and `sin` (2, rope_half) of the RoPE angles. Each thread has `scores`
 # (scratch of attention), `gate` and `up` (BLOCK,), `block` (2, BLOCK) int32 and `factors` (scratch of gather_axpy).
 WORK = record("""
     x attended joined hidden delta qkv query key parts parts_stride scores scores_stride partial cos sin

@@ -165,14 +165,9 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
         block = take(team, phase, thread, blocks)
         while block >= 0:
             t = TOKENS * block
-            several, query, joined = (
-                min(count - t, TOKENS),
-                batch.query + t * queries,
-                batch.joined + t * batch.joined_stride,
-            )
-            attend_block(
-                model, weights, cache, layer, position + t, several, query, scores, parts, joined, batch.joined_stride
-            )
+            several, stride = min(count - t, TOKENS), batch.joined_stride
+            query, joined = batch.query + t * queries, batch.joined + t * stride
+            attend_block(model, weights, cache, layer, position + t, several, query, scores, parts, joined, stride)
             for other in range(t, t + several):
                 quantize(model.quantize, batch.attended, other)
             if finish(team, blocks):

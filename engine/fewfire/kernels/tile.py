@@ -51,7 +51,7 @@ def _tile(emit: Callable[..., None]) -> Any:
 
 
 def _never_unrolled(module: ir.Module) -> ir.values.MDValue:
-    """Metadata for a loop: its registers are full already."""
+    """Metadata for a loop: its registers are full already (perf/LOG.md, "attention by ranges of positions")."""
     loop = module.add_metadata([module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])])
     loop.operands = (loop, *loop.operands[-1:])  # LLVM wants the first one to be the node itself
     return loop
