@@ -1,6 +1,6 @@
-"""The gathered read: how fast listed rows can be read at all, when nothing is done with them.
+"""The gathered read: how fast listed rows are read when nothing is done with them and nothing is asked for ahead.
 
-One word of every cache line of the rows is loaded and added up: nothing is decoded, and nothing is asked for ahead. A
+One word of every cache line of the rows is loaded and added up. A
 core keeps only so many lines under way, so rows of one to five kilobytes from anywhere in memory, where the hardware
 begins anew with each, come slower than a stream. Of two ways the faster counts, as for streaming reads: one row after
 the other, and four from four places of the list side by side. A kernel may still be faster, by asking ahead.

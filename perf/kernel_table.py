@@ -181,13 +181,16 @@ def _dots(x: np.ndarray, rows: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarra
 
 
 def gather_dot(weights: str, random: Random, *, rows: int, columns: int, chosen: Sequence[int] | np.ndarray) -> Case:
-    """Dot products of the chosen rows with one vector."""
+    """Dot products of the chosen rows with one vector: those in a piece of each quarter of the list."""
     m, listed = matrix(random, rows, columns, weights, "dot"), np.array(chosen, np.int32)
     x, seen = activation(random, 1, columns, weights)
     out = Output((listed.size,))
     values, tolerance = _dots(seen, m.values[listed], m.sizes[listed])
-    soon = random.permutation(listed)
-    lists = (listed.ctypes.data, soon.ctypes.data, m.row_bytes, listed.size, 0, -(-listed.size // 4))
+    soon, quarter = random.permutation(listed), -(-listed.size // 4)
+    begin, end = np.sort(random.integers(0, quarter + 1, 2)) if random.random() < 0.5 else (0, quarter)
+    places = np.minimum((quarter * np.arange(4)[:, None] + np.arange(begin, end)).reshape(-1), listed.size - 1)
+    values[0, np.setdiff1d(np.arange(listed.size), places)] = np.nan
+    lists = (listed.ctypes.data, soon.ctypes.data, m.row_bytes, listed.size, int(begin), int(end))
     arguments = (m.address, m.stride, *lists, x.descriptor.ctypes.data, out.address)
 
     def run(_keep: object = (m, x, listed, soon)) -> None:
@@ -218,17 +221,31 @@ def scaled_sum(m: Matrix, listed: np.ndarray, factors: np.ndarray, weights: str)
     scales, minima = (np.repeat(p[listed].astype(np.float64), GROUP, axis=1) for p in (m.scales, m.minima))
     integers = np.divide(m.values[listed] - minima, scales, out=np.zeros_like(scales), where=scales != 0)
     rounded = np.repeat(coefficients(m, listed, factors, weights), GROUP, axis=1)
-    return (rounded * np.rint(integers)).sum(axis=0) + factors @ minima
+    total = (rounded * np.rint(integers)).sum(axis=0) + factors @ minima
+    if weights == "q4":  # a rounding error counts for how far an integer is from the middle
+        total += 7.5 * (factors[:, None].astype(np.float64) * scales - rounded).sum(axis=0)
+    return total
 
 
-def gather_axpy(weights: str, random: Random, *, rows: int, columns: int, chosen: Sequence[int] | np.ndarray) -> Case:
-    """y += the chosen rows, each times its factor."""
+def gather_axpy(
+    weights: str,
+    random: Random,
+    *,
+    rows: int,
+    columns: int,
+    chosen: Sequence[int] | np.ndarray,
+    bad: tuple[int, float] | None = None,
+) -> Case:
+    """y += the chosen rows, each times its factor; `bad`: a factor that is not finite, and its place."""
     m, listed = matrix(random, rows, columns, weights, "axpy"), np.array(chosen, np.int32)
     factors = random.standard_normal(listed.size, np.float32) * (random.random(listed.size) < 0.9)
     y, scratch = Output((padded(columns),)), Output((axpy_scratch(columns),))
     y.array[:] = random.standard_normal(y.array.size, np.float32)
     before = y.array.astype(np.float64)
     tolerance = _ROUNDING * (np.abs(before) + np.abs(factors) @ m.sizes[listed])
+    expected = Expectation(y, before + scaled_sum(m, listed, factors, weights), tolerance)
+    if bad:
+        factors[bad[0]] = bad[1]
     soon = random.permutation(listed)
     arguments = (
         m.address, m.stride, listed.ctypes.data, soon.ctypes.data, listed.size, factors.ctypes.data, y.address,
@@ -238,7 +255,6 @@ def gather_axpy(weights: str, random: Random, *, rows: int, columns: int, chosen
     def run(_keep: object = (m, listed, soon, factors)) -> None:
         getattr(axpy, f"gather_axpy_{weights}")(*arguments)
 
-    expected = Expectation(y, before + scaled_sum(m, listed, factors, weights), tolerance)
     return Case(run, (expected,), listed.size * m.row_bytes, (scratch,))
 
 

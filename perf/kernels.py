@@ -27,6 +27,7 @@ from fewfire.cache import cache_dir
 from fewfire.kernels import axpy, gather
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import Primitive
+from fewfire.kernels.decode import SOON
 from fewfire.kernels.simd import call, store_f32, sum_lanes
 from fewfire.packed import PAGE
 from fewfire.quantize import FORMATS, padded
@@ -41,7 +42,6 @@ KERNELS = tuple(_HOME)
 GATHERED = "gathered read"
 DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)
 COLUMNS = (576, 1536, 2048, 4096)
-_SOON = 2  # rows are asked for so many entries of their list ahead
 _TILE = 256  # rows that are encoded; the matrix repeats them
 _CACHED = 200_000  # bytes of rows that a core's own cache holds
 _OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
@@ -69,7 +69,7 @@ def _without_list(four: Callable[..., Any]) -> Callable[..., None]:
             for j in range(part):
                 a, b = matrix + j * stride, matrix + (part + j) * stride
                 c, d = matrix + (2 * part + j) * stride, matrix + (3 * part + j) * stride
-                later = (a + _SOON * stride, b + _SOON * stride, c + _SOON * stride, d + _SOON * stride)
+                later = (a + SOON * stride, b + SOON * stride, c + SOON * stride, d + SOON * stride)
                 p, q, r, s = four((a, b, c, d), later, stride, x)
                 store_f32(out + 4 * j, sum_lanes(p))
                 store_f32(out + 4 * (part + j), sum_lanes(q))
@@ -174,7 +174,7 @@ class Bench:
         rows, size = self._rows, self._rows.row_bytes
         matrix, listed = (rows.raw.ctypes.data, size), part.ctypes.data
         if kernel == "gather_dot":
-            lists = (listed, listed + 4 * _SOON, size, part.size, 0, -(-part.size // 4))
+            lists = (listed, listed + 4 * SOON, size, part.size, 0, -(-part.size // 4))
             return (*matrix, *lists, self._x.descriptor.ctypes.data, self._out[thread].ctypes.data)
         y, scratch = self._y[thread].ctypes.data, self._scratch[thread].ctypes.data
         few = (listed, listed + 4 * BLOCK, part.size)

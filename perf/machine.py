@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -28,7 +29,7 @@ _LEAST_SECONDS = 0.03  # of one bandwidth sample, so that starting the threads d
 
 def describe() -> dict[str, Any]:
     """CPU, cores, caches, memory, the level of our kernels, and versions of what was measured."""
-    versions = {"fewfire": __version__, "python": platform.python_version()}
+    versions = {"fewfire": f"{__version__} at {_commit()}", "python": platform.python_version()}
     for name in _LIBRARIES:
         try:
             versions[name] = metadata.version(name)
@@ -44,6 +45,15 @@ def describe() -> dict[str, Any]:
         "system": platform.system(),
         "versions": versions,
     }
+
+
+def _commit() -> str:
+    """Which source was measured; "-dirty" if it is none of the committed ones."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=8"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "an unknown commit"
 
 
 def _cpu_name() -> str:

@@ -133,12 +133,13 @@ class Stepwise(Contender):
 
 
 class Fewfire(Stepwise):
-    """This engine, through its public API."""
+    """This engine, through its public API. `q4-dense`: with neurons that a ReLU makes zero."""
 
-    def __init__(self, name: str, weights: str, request: Request) -> None:
+    def __init__(self, name: str, form: str, request: Request) -> None:
         super().__init__(name, request.threads)
+        weights, dense = form.removesuffix("-dense"), form.endswith("-dense")
         source, threads, context = request.loadable(weights), request.threads, request.context
-        self.model = fewfire.load(source, weights=weights, threads=threads, context=context)
+        self.model = fewfire.load(source, weights=weights, threads=threads, context=context, dense=dense)
         self._session = self.model.session()
         self.details = {"packed_bytes": sum(file.stat().st_size for file in self.model.path.iterdir())}
 
@@ -152,12 +153,20 @@ class Fewfire(Stepwise):
         self.reset()
         return self._session.feed(ids, all_logits=True)
 
+    def decoded_logits(self, ids: Sequence[int]) -> np.ndarray:
+        """The same one token at a time: decoding rounds a little more than reading a prompt."""
+        self.reset()
+        return np.stack([self._session.feed([token]).copy() for token in ids])
+
     def bytes_per_token(self, positions: int) -> int:
         c, arrays = self.model.config, self.model.packed.arrays
         tables = {"positions"} if c.tie_word_embeddings else {"positions", "embed"}  # a token reads one row of each
         weights = sum(a.nbytes for name, a in arrays.items() if name not in tables)
+        unread = c.num_hidden_layers * c.intermediate_size - int(self.model.engine.neurons_read().sum())
+        weights -= unread * arrays["updown"].strides[1]
         item = 4 if self.model.weights in ("f32", "bf16") else 2
-        return weights + positions * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * item
+        seen = sum(min(positions, c.window(layer) or positions) for layer in range(c.num_hidden_layers))
+        return weights + seen * 2 * c.num_key_value_heads * c.head_dim * item
 
 
 def load(name: str, request: Request) -> Contender:

@@ -33,14 +33,14 @@ def bytes_read(deep: DeepFewfire, positions: float) -> dict[str, float]:
     model = deep.model
     c, arrays, record = model.config, model.packed.arrays, model.engine._model.record
     up = c.num_hidden_layers * c.intermediate_size * int(record["down"][0])
-    keys_and_values = 2 * c.num_hidden_layers * c.num_key_value_heads * int(record["cell"][0])
+    seen = sum(min(positions, c.window(layer) or positions) for layer in range(c.num_hidden_layers))
     return {
         "qkv": arrays["qkv"].nbytes,
         "o": arrays["o"].nbytes,
         "gate": arrays["gate"].nbytes,
         "up": up,
         "down": arrays["updown"].nbytes - up,
-        "attention": positions * keys_and_values,
+        "attention": seen * 2 * c.num_key_value_heads * int(record["cell"][0]),
         "head": arrays.get("head", arrays["embed"]).nbytes,
     }
 

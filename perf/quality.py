@@ -43,13 +43,14 @@ def windows(ids: Sequence[int], size: int, bos: int | None = None) -> list[list[
     return [window for window in cut if len(window) > 1]
 
 
-def losses(contender: Contender, cut: Sequence[Sequence[int]]) -> np.ndarray:
-    """The sum of -log p over the scored tokens of each window, float64."""
+def losses(contender: Contender, cut: Sequence[Sequence[int]], decode: bool = False) -> np.ndarray:
+    """The sum of -log p over the scored tokens of each window, float64; `decode`: one token at a time where we can."""
+    logits = getattr(contender, "decoded_logits", contender.logits) if decode else contender.logits
     out = []
     for number, window in enumerate(cut, start=1):
         if sys.stderr.isatty():
             print(f"\r\033[K{contender.name}: window {number} of {len(cut)}", end="", file=sys.stderr, flush=True)
-        out.append(token_nll(contender.logits(window[:-1]), list(window[1:])).sum())
+        out.append(token_nll(logits(window[:-1]), list(window[1:])).sum())
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     return np.array(out)
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"absent: {name}: {error}", file=sys.stderr)
             continue
         began = time.perf_counter()
-        loss = losses(contender, cut)
+        loss = losses(contender, cut, options.decode)
         base = loss if base is None else base
         rows.append(summary(contender, loss, cut, time.perf_counter() - began) | {"excess": excess(loss, base, cut)})
         del contender
@@ -143,6 +144,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", default="0.8:1.0", help="share of the text's characters (default: %(default)s)")
     parser.add_argument("--window", type=int, default=512, help="tokens read together (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="score only so many tokens")
+    parser.add_argument("--decode", action="store_true", help="fewfire reads one token at a time, as in generation")
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--name", default="quality", help="of the result; - keeps none (default: %(default)s)")
     return parser.parse_args(argv)

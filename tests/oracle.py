@@ -1,8 +1,9 @@
 """What the engine must compute for a packed model: `reference.py` on its decoded weights, with the engine's rounding.
 
 Integer formats multiply with activations as integers (int8 for q4 rows, int16 for q8) and keep float16 in the cache.
-Where that happens is part of what the engine promises (norms' outputs and the joined heads; not the neurons' outputs),
-so the oracle can be strict about it.
+Where that happens is part of what the engine promises (norms' outputs and the joined heads), so the oracle can be
+strict about it. Prefill keeps the neurons' outputs in float32, as the oracle does. Decode rounds them, times the scales
+of their down rows, for eight neurons at a time (`kernels/axpy.py`): its logits are a little further off.
 """
 
 from __future__ import annotations

@@ -25,18 +25,19 @@ weights_option = click.option(
 
 
 def model_options(f: F) -> F:
-    """--weights, --threads and --context, as `load` wants them."""
+    """--weights, --threads, --context and --dense, as `load` wants them."""
+    f = click.option("--dense", is_flag=True, help="Compute every neuron, also where a ReLU makes it zero.")(f)
     f = click.option("--context", type=int, help="Most tokens of a conversation.  [default: the model's]")(f)
     f = click.option("--threads", type=int, help="Threads to compute with.  [default: one per core]")(f)
     return weights_option(f)
 
 
-def load(source: str, weights: str, threads: int | None, context: int | None) -> Model:
+def load(source: str, weights: str, threads: int | None, context: int | None, dense: bool = False) -> Model:
     """The loaded model, with a progress bar for whatever takes a while."""
     import fewfire
 
     with ProgressBar() as progress:
-        return fewfire.load(source, weights=weights, threads=threads, context=context, progress=progress)
+        return fewfire.load(source, weights=weights, threads=threads, context=context, dense=dense, progress=progress)
 
 
 def sampling_options(**defaults: Any) -> Callable[[F], F]:

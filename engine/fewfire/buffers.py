@@ -7,7 +7,8 @@ import numpy as np
 from fewfire.config import ModelConfig
 from fewfire.kernels.attention import RANGE, SCORES
 from fewfire.kernels.axpy import BLOCK
-from fewfire.kernels.decode import NEURON_CHUNKS, WORK
+from fewfire.kernels.decode import WORK
+from fewfire.kernels.neurons import NEURON_CHUNKS, longest_chunk
 from fewfire.kernels.prefill import BATCH, ROWS
 from fewfire.quantize import padded
 
@@ -18,8 +19,8 @@ def head_width(c: ModelConfig) -> int:
 
 
 def axpy_scratch(columns: int) -> int:
-    """Floats of scratch for `gather_axpy`: five for each row of a block, ten for each group of columns (of eight)."""
-    return 5 * BLOCK + 10 * (-(-padded(columns) // 256) * 8)
+    """Floats of scratch for `gather_axpy`: five for each row of a block, and six for each group of columns."""
+    return 5 * BLOCK + (2 + BLOCK // 2) * (-(-padded(columns) // 256) * 8)
 
 
 class Activation:
@@ -44,6 +45,13 @@ class Activation:
         return self._quants.view(np.int8).reshape(-1)[: self._quants.size].reshape(self._quants.shape)
 
 
+def aligned(shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
+    """Zeros that begin with a pair of cache lines, so that threads whose parts are whole pairs share none."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + 128, np.uint8)
+    return memory[-memory.ctypes.data % 128 :][:size].view(dtype).reshape(shape)
+
+
 class Buffers:
     """A record of addresses and the arrays that they point to, which live as long as this."""
 
@@ -59,7 +67,7 @@ class Buffers:
     def floats(self, **shapes: tuple[int, ...]) -> None:
         """Sets fields to new float32 arrays of zeros."""
         for name, shape in shapes.items():
-            self.point(name, np.zeros(shape, np.float32))
+            self.point(name, aligned(shape))
 
     def point(self, name: str, array: np.ndarray) -> None:
         """Sets a field to an array, which is kept."""
@@ -70,6 +78,11 @@ class Buffers:
         """Sets a field to an activation's descriptor, and keeps the activation."""
         self.point(name, activation.descriptor)
         self._owned.append(activation)
+
+
+def _lines(floats: int) -> int:
+    """So many floats and what is missing to whole pairs of cache lines."""
+    return -(-floats // 32) * 32
 
 
 def _qkv_rows(c: ModelConfig) -> int:
@@ -87,10 +100,12 @@ class Workspace(Buffers):
         self.activation("attended", attended)
         self.point("joined", attended.values)
         hidden, head, half = padded(c.hidden_size), head_width(c), c.head_dim // 2
-        factors, ranges = axpy_scratch(c.hidden_size), -(-positions // RANGE)
+        longest = longest_chunk(c.intermediate_size)
+        factors, scores, ranges = _lines(axpy_scratch(c.hidden_size)), _lines(SCORES), -(-positions // RANGE)
         self.number(
+            longest=longest,
             factors_stride=4 * factors,
-            scores_stride=4 * SCORES,
+            scores_stride=4 * scores,
             parts_stride=4 * ranges * (head + 8),
         )
         self.floats(
@@ -100,15 +115,19 @@ class Workspace(Buffers):
             query=(c.num_attention_heads, head),
             key=(head,),
             parts=(c.num_attention_heads, ranges, head + 8),
-            scores=(threads, SCORES),
+            scores=(threads, scores),
             partial=(NEURON_CHUNKS, hidden),
             cos=(2, half),
             sin=(2, half),
-            gate=(threads, BLOCK),
-            up=(threads, BLOCK),
+            gate=(threads, longest),
+            up=(threads, longest),
             factors=(threads, factors),
         )
-        self.point("block", np.zeros((threads, 2 * BLOCK), np.int32))
+        self.point("ids", aligned((threads, longest), np.int32))
+        self.point("block", aligned((threads, 4 * BLOCK), np.int32))
+        self.read = np.zeros((c.num_hidden_layers, NEURON_CHUNKS), np.int64)
+        self.read[:, 0] = c.intermediate_size  # before the first token
+        self.point("read", self.read)
 
 
 class Batch(Buffers):

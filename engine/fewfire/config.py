@@ -14,6 +14,7 @@ import numpy as np
 
 Activation = Literal["silu", "gelu_tanh", "relu", "relu2", "fatrelu"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "relu", "relu2", "fatrelu")
+EXACT_ZEROS: tuple[Activation, ...] = ("relu", "relu2", "fatrelu")  # these are zero for most of what they see
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fewfire.buffers import Batch, Buffers, Workspace, head_width
-from fewfire.config import ACTIVATIONS
+from fewfire.config import ACTIVATIONS, EXACT_ZEROS
 from fewfire.kernels import attention, axpy, dense, gather, pointwise, rows
 from fewfire.kernels.compile import Compiled, Primitive
 from fewfire.kernels.decode import SOON, decode
@@ -50,7 +50,7 @@ class KVCache(Buffers):
 class Engine:
     """Runs a packed model's forward pass."""
 
-    def __init__(self, packed: Packed, threads: int, progress: Progress = silent) -> None:
+    def __init__(self, packed: Packed, threads: int, progress: Progress = silent, dense: bool = False) -> None:
         self.config = packed.config
         self._team = Team(threads)
         self._lock = threading.Lock()
@@ -61,7 +61,7 @@ class Engine:
         self._primitives = _primitives(packed.formats, self._cache_format, group % attention.QUERIES)
         _compile([*self._primitives.values(), decode, prefill], progress)
         self._model = _model(packed, self._primitives, self._cell)
-        self._layers = _layers(packed)
+        self._layers = _layers(packed, dense)
         self._packed = packed  # owns the mapped weights
         self._work = Workspace(packed.config, threads, 0)
         self._batch = Batch(packed.config, threads, TOKENS)
@@ -70,6 +70,13 @@ class Engine:
     def threads(self) -> int:
         """Threads that a forward pass runs on."""
         return self._team.threads
+
+    def neurons_read(self) -> np.ndarray:
+        """How many neurons' up and down rows each layer read for the last decoded token, `(layers,)` int64.
+
+        All of them before the first.
+        """
+        return self._work.read.sum(axis=1)
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache: float16, or float32 for f32 and bf16 weights."""
@@ -189,8 +196,8 @@ def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int) -> Bu
     return model
 
 
-def _layers(packed: Packed) -> Buffers:
-    """One record per layer; at this density every neuron is on the list of active ones."""
+def _layers(packed: Packed, dense: bool) -> Buffers:
+    """One record per layer. Neurons whose activation is exactly zero are left out, unless it is to be dense."""
     c, arrays = packed.config, packed.arrays
     layers = Buffers(LAYER)
     layers.record = np.zeros(c.num_hidden_layers, LAYER)
@@ -199,5 +206,6 @@ def _layers(packed: Packed) -> Buffers:
             layers.record[name] = arrays[name].ctypes.data + arrays[name].strides[0] * np.arange(c.num_hidden_layers)
     layers.record["window"] = [c.window(i) for i in range(c.num_hidden_layers)]
     layers.record["local"] = layers.record["window"] > 0 if c.rope_local else 0
+    layers.record["threshold"] = -1.0 if dense or c.hidden_act not in EXACT_ZEROS else 0.0
     layers.point("active", np.arange(c.intermediate_size, dtype=np.int32))
     return layers

@@ -30,6 +30,7 @@ def load(
     weights: str = "q4",
     threads: int | None = None,
     context: int | None = None,
+    dense: bool = False,
     progress: Progress = silent,
 ) -> Model:
     """Opens a model for generation.
@@ -37,8 +38,8 @@ def load(
     source: an alias ("smollm2"), a directory in the Hugging Face layout, a hub id, a .gguf file, or a packed model
     directory. Anything but a packed model is packed once, as `weights` ("q4", "q8", "bf16", "f32"), into the user's
     cache; a packed model keeps its format. threads: default, all cores of the process. context: the most tokens that a
-    session may hold; default, the model's limit. progress: called with (stage, done, total) while fetching, packing
-    and compiling.
+    session may hold; default, the model's limit. dense: compute every neuron, also where a ReLU makes it zero.
+    progress: called with (stage, done, total) while fetching, packing and compiling.
 
     Raises `ValueError` for an impossible option, `SourceError` if the model cannot be found or fetched,
     `CheckpointError` if it is damaged or unsupported.
@@ -48,7 +49,7 @@ def load(
         raise ValueError(f"threads must be from 1 to 256, not {threads}")
     if context is not None and context < 1:
         raise ValueError(f"context must be at least 1 token, not {context}")
-    return Model(_packed(source, weights, progress), threads or default_threads(), context, progress)
+    return Model(_packed(source, weights, progress), threads or default_threads(), context, progress, dense)
 
 
 def _packed(source: str | Path, weights: str, progress: Progress) -> Packed:
@@ -70,13 +71,20 @@ def _packed(source: str | Path, weights: str, progress: Progress) -> Packed:
 class Model:
     """A loaded model. Safe to use from several threads: forward passes take turns, sessions are independent."""
 
-    def __init__(self, packed: Packed, threads: int, context: int | None = None, progress: Progress = silent) -> None:
+    def __init__(
+        self,
+        packed: Packed,
+        threads: int,
+        context: int | None = None,
+        progress: Progress = silent,
+        dense: bool = False,
+    ) -> None:
         self.path, self.weights, self.config = packed.path, packed.weights, packed.config
         self.packed = packed
         self.context = min(context or packed.config.max_position_embeddings, packed.config.max_position_embeddings)
         self.tokenizer = _tokenizer(packed)
         self.chat_template = _template(packed, self.tokenizer)
-        self.engine = Engine(packed, threads, progress)
+        self.engine = Engine(packed, threads, progress, dense)
         memory.trim()
 
     @property

@@ -12,6 +12,7 @@ import pytest
 import oracle
 from fewfire import packed
 from fewfire.checkpoint import open_checkpoint
+from fewfire.config import EXACT_ZEROS
 from fewfire.engine import BATCH
 from fewfire.kernels.attention import RANGE
 from fewfire.kernels.compile import Compiled
@@ -51,6 +52,27 @@ def logits(model: Model, ids: Sequence[int], *sizes: int) -> np.ndarray:
 def largest(a: np.ndarray, b: np.ndarray) -> float:
     assert a.shape == b.shape
     return float(np.abs(a - b).max())
+
+
+# --- neurons that are zero --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("weights", ["f32", "q4"])
+def test_neurons_that_are_zero_are_not_read(family: str, weights: str, packed_path: PackedPath) -> None:
+    """Every selector's count is what the kernels read; a ReLU model loses nothing by it."""
+    opened = open_packed(packed_path(family, weights))
+    sparse, dense, ids = Model(opened, 2), Model(opened, 2, dense=True), prompt(24)
+    ours, theirs = logits(sparse, ids), logits(dense, ids)
+    read, every = sparse.engine.neurons_read(), opened.config.intermediate_size
+    assert (dense.engine.neurons_read() == every).all()
+    if opened.config.hidden_act in EXACT_ZEROS:
+        assert (read < 0.8 * every).all()
+        assert (read > 0).any()
+        assert largest(ours, theirs) < (1e-5 if weights == "f32" else 0.05)
+    else:
+        assert (read == every).all()
+        np.testing.assert_array_equal(ours, theirs)
 
 
 # --- f32 --------------------------------------------------------------------------------------------------------------

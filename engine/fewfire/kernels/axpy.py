@@ -47,11 +47,13 @@ from fewfire.kernels.simd import (
     maximum,
     mul,
     prefetch,
+    rint,
     splat_f32,
     splat_f32_at,
     store_f32,
     store_f32x8,
     store_i64,
+    subtract,
     zeros_i32,
 )
 
@@ -110,7 +112,7 @@ def _add_float(load, size, count, y, columns, scratch):
     for k in range(0, count, 2):
         p, q, f, g = _row(scratch, k), _row(scratch, k + 1), _factor(scratch, k), _factor(scratch, k + 1)
         later = load_i64(scratch + _SOON + 8 * k), load_i64(scratch + _SOON + 8 * k + 8)
-        for line in range(0, size * columns, 64):
+        for line in range(0, size * columns + 63, 64):
             prefetch(later[0] + line)
             prefetch(later[1] + line)
         for i in range(0, columns, 8):
@@ -130,7 +132,7 @@ def _add_bf16(count, y, columns, scratch):
 
 # --- quantised rows ---------------------------------------------------------------------------------------------------
 # After the block's arrays in the scratch, for g = the number of groups rounded up to eight: g scales of the
-# coefficients, g sums of minima, and of each pair of rows g pairs of coefficients.
+# coefficients, g offsets of q4 columns, and of each pair of rows g pairs of coefficients, 32 bits each.
 
 
 @inline
@@ -139,35 +141,40 @@ def _whole(groups):
 
 
 @inline
-def _coefficients(largest_integer, size, store, count, at, groups, scratch):
-    """Scales and integers of all coefficients; `at`: where the groups' scales are in a row, `size`: bytes of a pair.
+def _offset(scratch, k, at, minimum, coefficient, inverse, scale, middle, total):
+    """Adds what row k adds to each column: factor times minimum, and what rounding took from the middle integer.
 
-    Reads and writes up to 7 groups past the end.
+    So an error of a coefficient counts only for how far the integers are from the middle of their range.
     """
-    top, whole = splat_f32(largest_integer), _whole(groups)
-    scales, pairs = scratch + _REST, scratch + _REST + 8 * whole
-    for g in range(0, groups, 8):
-        largest = splat_f32(_LEAST)
-        for k in range(count):
-            coefficient = mul(_factor(scratch, k), load_f16x8(_row(scratch, k) + at + 2 * g))
-            largest = maximum(largest, absolute(coefficient))
-        store_f32x8(scales + 4 * g, divide(largest, top))
-        inverse = divide(top, largest)
-        for k in range(0, count, 2):
-            a = mul(_factor(scratch, k), load_f16x8(_row(scratch, k) + at + 2 * g))
-            b = mul(_factor(scratch, k + 1), load_f16x8(_row(scratch, k + 1) + at + 2 * g))
-            store(pairs + size * (whole * (k // 2) + g), mul(a, inverse), mul(b, inverse))
+    rounded = mul(rint(mul(coefficient, inverse)), scale)
+    total = fma(_factor(scratch, k), load_f16x8(_row(scratch, k) + at + minimum), total)
+    return fma(splat_f32(middle), subtract(coefficient, rounded), total)
 
 
 @inline
-def _sum_minima(count, at, groups, scratch):
-    """What the rows' minima add to each column of a group: the sum of factor times minimum."""
-    out = scratch + _REST + 4 * _whole(groups)
+def _coefficients(largest_integer, middle, store, count, at, groups, scratch):
+    """Integers and scales of all coefficients, and for rows with minima (`middle` is not 0) each group's offset.
+
+    `at`: where the groups' scales are in a row. Reads and writes up to 7 groups past the end. Where a factor is not
+    finite, neither are the scales.
+    """
+    top, step, minimum = splat_f32(largest_integer), 4 * _whole(groups), 2 * groups
     for g in range(0, groups, 8):
-        total = splat_f32(0.0)
+        largest, finite, out = splat_f32(_LEAST), splat_f32(0.0), scratch + _REST + 4 * g
         for k in range(count):
-            total = fma(_factor(scratch, k), load_f16x8(_row(scratch, k) + at + 2 * g), total)
-        store_f32x8(out + 4 * g, total)
+            coefficient = mul(_factor(scratch, k), load_f16x8(_row(scratch, k) + at + 2 * g))
+            largest = maximum(largest, absolute(coefficient))
+            finite = fma(coefficient, splat_f32(0.0), finite)
+        scale, inverse, total = add(divide(largest, top), finite), divide(top, largest), splat_f32(0.0)
+        for k in range(0, count, 2):
+            a = mul(_factor(scratch, k), load_f16x8(_row(scratch, k) + at + 2 * g))
+            b = mul(_factor(scratch, k + 1), load_f16x8(_row(scratch, k + 1) + at + 2 * g))
+            store(out + 2 * step + step * (k // 2), mul(a, inverse), mul(b, inverse))
+            if middle > 0.0:
+                total = _offset(scratch, k, at + 2 * g, minimum, a, inverse, scale, middle, total)
+                total = _offset(scratch, k + 1, at + 2 * g, minimum, b, inverse, scale, middle, total)
+        store_f32x8(out, scale)
+        store_f32x8(out + step, total)
 
 
 @inline
@@ -197,8 +204,8 @@ def _add_q8(count, y, columns, scratch):
     groups = columns // 32
     step = 4 * _whole(groups)
     scale, pairs = scratch + _REST, scratch + _REST + 2 * step
-    _coefficients(32767.0, 4, store_i16_pairs, count, columns, groups, scratch)
-    size, row, byte = columns + 2 * groups, 0, 0
+    _coefficients(32767.0, 0.0, store_i16_pairs, count, columns, groups, scratch)
+    size, row, byte = columns + 2 * groups + 63, 0, 0
     pieces, piece = _plan(size, count, groups)
     for at in range(0, columns, 32):
         row, byte = _ask_for(scratch, count, size, pieces, piece, row, byte)
@@ -235,9 +242,8 @@ def _add_q4(count, y, columns, scratch):
     groups, parameters = columns // 32, columns // 2
     whole = _whole(groups)
     scale, offset, pairs = scratch + _REST, scratch + _REST + 4 * whole, scratch + _REST + 8 * whole
-    _coefficients(127.0, 4, store_i8_pairs, count, parameters, groups, scratch)
-    _sum_minima(count, parameters + 2 * groups, groups, scratch)
-    size, row, byte = parameters + 4 * groups, 0, 0
+    _coefficients(127.0, 7.5, store_i8_pairs, count, parameters, groups, scratch)
+    size, row, byte = parameters + 4 * groups + 63, 0, 0
     pieces, piece = _plan(size, count, groups // 2)
     for at in range(0, parameters, 32):
         row, byte = _ask_for(scratch, count, size, pieces, piece, row, byte)
@@ -261,7 +267,7 @@ def _fill_block(matrix, stride, rows, soon, factors, count, scratch):
     for k in range(even):
         entry = 4 * min(k, count - 1)
         store_i64(scratch + _ROWS + 8 * k, matrix + stride * load_i32(rows + entry))
-        store_i64(scratch + _SOON + 8 * k, matrix + stride * load_i32(soon + entry))
+        store_i64(scratch + _SOON + 8 * k, (matrix + stride * load_i32(soon + entry)) & -64)
         store_f32(scratch + _FACTORS + 4 * k, load_f32(factors + entry) if k < count else np.float32(0.0))
     return even
 

@@ -2,15 +2,14 @@
 
 A layer is four phases (see `team.py`): rows of q, k and v; attention, where a chunk is all queries of one cached head
 over a range of positions; rows of o; neurons. The serial step that follows each is small and done by whoever finished
-last. In the last phase a chunk of neurons goes through select, gather and scatter on its own: gate rows, activation, up
-rows, and the scaled down rows into the chunk's own y; the chunks' sums are added in a fixed order, as are the ranges'
-parts. So the result is the same bits for any number of threads.
+last. In the last phase a chunk of neurons goes through select, gather and scatter on its own (see `neurons.py`); the
+chunks' sums are added in a fixed order, as are the ranges' parts. So the result is the same bits for any number of
+threads.
 """
 
 from numba import types
 
 from fewfire.kernels.attention import RANGE
-from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import inline, kernel, records
 from fewfire.kernels.layer import (
     CACHE,
@@ -21,7 +20,6 @@ from fewfire.kernels.layer import (
     attend_group,
     embed,
     first_seen,
-    multiply_by,
     next_input,
     part_size,
     place_heads,
@@ -29,15 +27,12 @@ from fewfire.kernels.layer import (
     record,
     set_rope,
 )
-from fewfire.kernels.simd import call, load_f32, load_i32, splat_f32, store_f32, store_f32x8, store_i32
+from fewfire.kernels.neurons import NEURON_CHUNKS, neuron_chunk
+from fewfire.kernels.simd import call
 from fewfire.kernels.team import REGIONS, advance, finish, region_of, take, wait
 
 _I = types.int64
 
-# Of the list of neurons, each group is read as four streams; its pieces are chunks. Fixed numbers, because they decide
-# the order of additions.
-_GROUPS, _PIECES = 4, 4
-NEURON_CHUNKS = _GROUPS * _PIECES
 _HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
 SOON = 2  # rows that are neighbours are asked for so many rows ahead
 
@@ -45,24 +40,21 @@ SOON = 2  # rows that are neighbours are asked for so many rows ahead
 # (heads * head_dim,); the residual stream `hidden` and what a block adds to it, `delta`; `query` (heads, head_width),
 # `key` (head_width,); `parts` of the heads' attention, the ranges of one head so many bytes after those of the one
 # before; `partial` (NEURON_CHUNKS, width); `cos` and `sin` (2, rope_half) of the RoPE angles. Each thread has `scores`
-# (scratch of attention), `gate` and `up` (BLOCK,), `block` (2, BLOCK) int32 and `factors` (scratch of gather_axpy).
+# (scratch of attention), `ids` int32, `gate` and `up` (longest,) of a chunk of neurons, `block` (4, BLOCK) of those
+# that are scattered together, `factors` (scratch of gather_axpy). `read` int64 (layers, NEURON_CHUNKS): neurons whose
+# up and down rows were read.
 WORK = record("""
     x attended joined hidden delta qkv query key parts parts_stride scores scores_stride partial cos sin
-    gate up block factors factors_stride
+    ids gate up longest block factors factors_stride read
 """)
 
 
 @inline
-def _add_listed(target, bias, rows, count):
-    """target[j] += bias[rows[j]]."""
-    if bias != 0:
-        for j in range(0, 4 * count, 4):
-            store_f32(target + j, load_f32(target + j) + load_f32(bias + 4 * load_i32(rows + j)))
-
-
-@inline
 def _row_chunks(team):
-    """Chunks that the rows of a matrix are shared out in: few, since each begins with a wait for memory."""
+    """Chunks that the rows of a matrix are shared out in.
+
+    Few, since streams begin anew with each (perf/LOG.md, "chunks that go on where the last one ended").
+    """
     return 4 * team[REGIONS]
 
 
@@ -74,55 +66,6 @@ def _all_rows(model, team, dot, matrix, stride, count, chunk, chunks, x, out):
     quarter, rows = (stop - start + 3) // 4, model.every + 4 * start
     piece = quarter * (chunk - first) // (end - first), quarter * (chunk - first + 1) // (end - first)
     call(dot, (matrix, stride, rows, rows + 4 * SOON, stride, stop - start, piece[0], piece[1], x, out + 4 * start))
-
-
-@inline
-def _add_neurons(model, weights, rows, soon, count, x, gate, up, y, scratch):
-    """A few neurons: gather their gate and up rows, scatter their down rows into y."""
-    stride, end = model.gate_stride, (count + 3) // 4
-    call(model.gather_dot, (weights.gate, stride, rows, soon, stride, count, 0, end, x, gate))
-    _add_listed(gate, weights.gate_bias, rows, count)
-    call(model.activate, (model.activation, model.act_threshold, gate, count))
-    stride, down = model.updown_stride, model.down
-    if model.gated:
-        call(model.gather_dot, (weights.updown, stride, rows, soon, down, count, 0, end, x, up))
-        _add_listed(up, weights.up_bias, rows, count)
-        if model.act_on_up:
-            call(model.activate, (model.activation, model.act_threshold, up, count))
-        multiply_by(gate, up, count)
-    call(model.gather_axpy, (weights.updown + down, stride, rows, soon, count, gate, y, model.width, scratch))
-
-
-@inline
-def _fill_block(listed, count, start, stop, block):
-    """Entries start to stop of each quarter of a list, in `block`, where the last one fills what is left; how many."""
-    quarter, size = (count + 3) // 4, 0
-    for part in range(0, 4 * quarter, quarter):
-        for i in range(part + start, min(part + stop, count)):
-            store_i32(block + 4 * size, load_i32(listed + 4 * i))
-            size += 1
-    for i in range(size, BLOCK):
-        store_i32(block + 4 * i, load_i32(block + 4 * size - 4))
-    return size
-
-
-@inline
-def _neurons(model, weights, listed, count, begin, end, x, block, gate, up, y, scratch):
-    """y = the sum over entries begin to end of each quarter of a list of neurons.
-
-    They go in blocks whose rows stay in the cache nearest to the core; during one, the next one's rows are asked for.
-    """
-    for i in range(0, 4 * model.width, 32):
-        store_f32x8(y + i, splat_f32(0.0))
-    quarter, step, rows, soon = (count + 3) // 4, BLOCK // 4, block, block + 4 * BLOCK
-    size = _fill_block(listed, count, begin, min(begin + step, end), rows) if begin < end else 0
-    for start in range(begin, end, step):
-        follower, limit = start + step, end
-        if follower >= end:  # the next chunk's, probably
-            follower, limit = min(end, quarter - 1), quarter
-        later = _fill_block(listed, count, follower, min(follower + step, limit), soon)
-        _add_neurons(model, weights, rows, soon, size, x, gate, up, y, scratch)
-        rows, soon, size = soon, rows, later
 
 
 @inline
@@ -195,17 +138,7 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
 
         chunk = take(team, phase, thread, NEURON_CHUNKS)
         while chunk >= 0:
-            group, piece = chunk // _PIECES, chunk % _PIECES
-            start, stop = model.neurons * group // _GROUPS, model.neurons * (group + 1) // _GROUPS
-            quarter, listed, block = (
-                (stop - start + 3) // 4,
-                weights.active + 4 * start,
-                work.block + 8 * BLOCK * thread,
-            )
-            begin, end = quarter * piece // _PIECES, quarter * (piece + 1) // _PIECES
-            gate, up = work.gate + 4 * BLOCK * thread, work.up + 4 * BLOCK * thread
-            y, scratch = work.partial + 4 * chunk * model.width, work.factors + thread * work.factors_stride
-            _neurons(model, weights, listed, stop - start, begin, end, x, block, gate, up, y, scratch)
+            neuron_chunk(model, weights, work, layer, thread, chunk)
             if finish(team, NEURON_CHUNKS):
                 for part in range(1, NEURON_CHUNKS):
                     add_to(work.partial, work.partial + 4 * part * model.width, model.hidden)

@@ -7,7 +7,7 @@ group. A row's columns are padded to a multiple of 64. The integers of up to eig
 so that each 32-bit lane of a register sums one group, and scales are applied once per block of groups.
 
 Four rows are worked on at once, from four places of the list, column block by column block, while the same blocks of
-four later rows are asked for: a core reads four streams at up to twice the speed of one, and rows from anywhere only as
+four later rows are asked for: a core reads four streams faster than one, and rows from anywhere only as
 fast as it keeps requests under way (perf/LOG.md, "four rows at a time").
 """
 
@@ -62,7 +62,7 @@ def _four_float(load, size, rows, soon, wanted, x):
     p, q, r, s = rows
     a, b, c, d = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
     values, columns = load_i64(x + VALUES), load_i64(x + COLUMNS)
-    share = wanted * 32 // columns // 64 * 64 + 64
+    share = (wanted * 32 // columns + 63) // 64 * 64
     for start in range(0, columns, 32):
         asked = share * (start // 32)
         _ask_for(soon, asked, min(wanted, asked + share))
@@ -136,7 +136,7 @@ def _four_q8(rows, soon, wanted, x):
     columns, quants, x_scale = load_i64(x + COLUMNS), load_i64(x + QUANTS), load_i64(x + SCALES)
     groups, at, scale = columns // 32, 0, columns
     totals = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
-    share = 8 * wanted // groups // 64 * 64 + 64  # with every eight groups, an equal share of what is wanted soon
+    share = (8 * wanted // groups + 63) // 64 * 64  # with every eight groups, an equal share of what is wanted soon
     for asked in range(0, share * (groups // 8), share):
         _ask_for(soon, asked, min(wanted, asked + share))
         totals = _block_q8(8, load_f16x8, rows, at, quants, scale, x_scale, totals)
@@ -156,7 +156,7 @@ def _four_q4(rows, soon, wanted, x):
     groups, at, scale, sums = columns // 32, 0, columns // 2, load_i64(x + SUMS)
     minimum = scale + 2 * groups
     totals = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
-    share = 8 * wanted // groups // 64 * 64 + 64  # with every eight groups, an equal share of what is wanted soon
+    share = (8 * wanted // groups + 63) // 64 * 64  # with every eight groups, an equal share of what is wanted soon
     for asked in range(0, share * (groups // 8), share):
         _ask_for(soon, asked, min(wanted, asked + share))
         totals = _block_q4(8, load_f16x8, rows, at, quants, scale, minimum, x_scale, sums, totals)
@@ -184,17 +184,24 @@ def _rows(matrix, stride, rows, i, j, k, m):
 
 
 @inline
+def _lines(rows):
+    """The first cache lines of four rows."""
+    a, b, c, d = rows
+    return a & -64, b & -64, c & -64, d & -64
+
+
+@inline
 def _gather_dot(four, matrix, stride, rows, soon, wanted, count, begin, end, x, out):
     """out[j] = row rows[j] . x for entries begin to end of each quarter of a list of `count` rows.
 
-    A quarter has (count + 3) // 4 entries, the last one fewer. Of rows that `soon` lists at the same places, the first
-    `wanted` bytes are asked for.
+    A quarter has (count + 3) // 4 entries, the last ones fewer or none; what they lack is the list's last entry over
+    again. Of rows that `soon` lists at the same places, the first `wanted` bytes are asked for.
     """
     quarter, last = (count + 3) // 4, count - 1
     for i in range(begin, end):
         j, k, m = min(quarter + i, last), min(2 * quarter + i, last), min(3 * quarter + i, last)
-        later = _rows(matrix, stride, soon, i, j, k, m)
-        a, b, c, d = four(_rows(matrix, stride, rows, i, j, k, m), later, wanted, x)
+        later = _lines(_rows(matrix, stride, soon, i, j, k, m))
+        a, b, c, d = four(_rows(matrix, stride, rows, i, j, k, m), later, wanted + 63, x)
         store_f32(out + 4 * i, sum_lanes(a))
         store_f32(out + 4 * j, sum_lanes(b))
         store_f32(out + 4 * k, sum_lanes(c))

@@ -31,19 +31,24 @@ _SHAPE = """
     layers hidden width heads kv_heads head_dim head_width cell neurons vocab activation act_on_up gated
 """
 # Rows are `stride` bytes apart; a neuron's down row begins `down` bytes into its row of `updown`. `every` is the list
-# of all rows of any matrix, `frequencies` float32 (2, head_dim / 2): radians per position of global and local layers;
-# `table_integer` the bytes of one quant of a vector that meets the tables' rows.
+# of all rows of any matrix, and some more for kernels to look ahead to; `frequencies` float32 (2, head_dim / 2):
+# radians per position of global and local layers; `table_integer` the bytes of one quant of a vector that meets the
+# tables' rows.
 _TABLES = """
     embed positions head table_stride qkv_stride o_stride gate_stride updown_stride down
     final_norm final_norm_bias frequencies rope_half every table_integer
 """
 MODEL = record(_PRIMITIVES + _SHAPE + _TABLES, "act_threshold eps attention_scale embedding_scale")
 
-# One layer: `active` is the list of neurons to compute, `local` whether it uses the local RoPE, `window` what it sees.
-LAYER = record("""
+# One layer: `active` is the list of neurons that it may need, of which those whose |act(gate)| is not over `threshold`
+# are dropped; `local` whether it uses the local RoPE, `window` what it sees.
+LAYER = record(
+    """
     qkv qkv_bias q_norm k_norm o o_bias gate gate_bias updown up_bias down_bias
     attn_norm attn_norm_bias attn_post_norm ffn_norm ffn_norm_bias ffn_post_norm local window active
-""")
+    """,
+    "threshold",
+)
 
 # One session's keys and values: (layers, kv_heads, capacity) cells each.
 CACHE = record("keys values capacity")

@@ -126,12 +126,6 @@ def load_f32x8(builder, address):
     return load(builder, address, f32x8.llvm)
 
 
-@instruction(i32x8, types.intp)
-def load_i32x8(builder, address):
-    """8 int32 at any alignment."""
-    return load(builder, address, i32x8.llvm)
-
-
 @instruction(types.void, types.intp, f32x8)
 def store_f32x8(builder, address, value):
     """8 float32 at any alignment."""

@@ -61,9 +61,10 @@ def test_any_number_of_threads(threads: int, random: np.random.Generator) -> Non
         check(found, expected)
 
 
-def test_threads_that_come_at_any_time(random: np.random.Generator) -> None:
+@pytest.mark.parametrize("threads", [1, 3, 4])
+def test_threads_that_come_at_any_time(threads: int, random: np.random.Generator) -> None:
     """One works alone for a while; others join in the middle, and one when all is over."""
-    expected, found, team = arguments(7, 2000, 300), arguments(7, 2000, 300), new_team(1)
+    expected, found, team = arguments(7, 2000, 300), arguments(7, 2000, 300), new_team(threads)
     walk(new_team(1), 0, 0, *expected)
 
     def late(thread: int, delay: float) -> threading.Thread:
@@ -103,14 +104,12 @@ def test_regions_are_where_chunks_are_taken_from(threads: int) -> None:
     takes = numba.njit(lambda a, b, c, d: take(a, b, c, d))
     regions = numba.njit(lambda a, b, c: region_of(a, b, c))
     for chunks in (1, 2, 5, 16, 33):
-        team, taken = new_team(threads), []
         for thread in range(threads):
-            first = takes(team, 0, thread, chunks)
-            if first >= 0:
-                start, stop = regions(team, first, chunks)
-                assert start <= first < stop
-                taken.append(first)
-        while (chunk := takes(team, 0, 0, chunks)) >= 0:
+            own = chunks * thread // threads, chunks * (thread + 1) // threads
+            first = takes(new_team(threads), 0, thread, chunks)
+            assert own[0] == own[1] or (first, regions(new_team(threads), first, chunks)) == (own[0], own)
+        team, taken = new_team(threads), []
+        while (chunk := takes(team, 0, threads - 1, chunks)) >= 0:
             taken.append(chunk)
         assert sorted(taken) == list(range(chunks))
         bounds = {regions(team, chunk, chunks) for chunk in range(chunks)}
