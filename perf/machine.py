@@ -48,12 +48,18 @@ def describe() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Which source was measured; "-dirty" if it is none of the committed ones."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=8"]
+    """The last commit that changed the engine; with "+" if files of it differ from that."""
+    engine = Path(__file__).parent.parent / "engine"
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = _git("log", "-1", "--format=%h", "--abbrev=8", "--", str(engine))
+        return commit + ("+" if _git("status", "--porcelain", "--", str(engine)) else "")
     except (OSError, subprocess.CalledProcessError):
         return "an unknown commit"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _cpu_name() -> str:
