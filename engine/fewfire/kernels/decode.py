@@ -98,21 +98,24 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
     for layer in range(model.layers):
         weights = layers[layer]
         rows, chunks = (model.heads + 2 * model.kv_heads) * model.head_dim, _row_chunks(team)
-        chunk = take(team, phase, thread, chunks)
-        while chunk >= 0:
+        while True:
+            chunk = take(team, phase, thread, chunks)
+            if chunk < 0:
+                break
             _all_rows(model, team, model.gather_dot, weights.qkv, model.qkv_stride, rows, chunk, chunks, x, work.qkv)
             if finish(team, chunks):
                 add_to(work.qkv, weights.qkv_bias, rows)
                 place_heads(model, weights, cache, layer, position, work.qkv, work.cos, work.sin, work.query, work.key)
                 advance(team, phase)
-            chunk = take(team, phase, thread, chunks)
         phase = wait(team, phase)
 
         first, scores = first_seen(weights, position) // RANGE, work.scores + thread * work.scores_stride
         ranges = position // RANGE + 1 - first
         pieces = model.kv_heads * ranges
-        chunk = take(team, phase, thread, pieces)
-        while chunk >= 0:
+        while True:
+            chunk = take(team, phase, thread, pieces)
+            if chunk < 0:
+                break
             kv_head, number = chunk // ranges, chunk % ranges
             at, stride = work.parts + number * part_size(model), work.parts_stride
             attend_group(
@@ -122,22 +125,24 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
                 _join_heads(model, ranges, work.parts, work.parts_stride, work.joined)
                 quantize(model.quantize, work.attended, 0)
                 advance(team, phase)
-            chunk = take(team, phase, thread, pieces)
         phase = wait(team, phase)
 
-        chunk = take(team, phase, thread, chunks)
-        while chunk >= 0:
+        while True:
+            chunk = take(team, phase, thread, chunks)
+            if chunk < 0:
+                break
             matrix, size = (weights.o, model.o_stride), model.hidden
             _all_rows(model, team, model.gather_dot, *matrix, size, chunk, chunks, work.attended, delta)
             if finish(team, chunks):
                 add_block(model, hidden, delta, weights.o_bias, weights.attn_post_norm)
                 next_input(model, weights.ffn_norm, weights.ffn_norm_bias, hidden, x, 0, model.quantize)
                 advance(team, phase)
-            chunk = take(team, phase, thread, chunks)
         phase = wait(team, phase)
 
-        chunk = take(team, phase, thread, NEURON_CHUNKS)
-        while chunk >= 0:
+        while True:
+            chunk = take(team, phase, thread, NEURON_CHUNKS)
+            if chunk < 0:
+                break
             neuron_chunk(model, weights, work, layer, thread, chunk)
             if finish(team, NEURON_CHUNKS):
                 for part in range(1, NEURON_CHUNKS):
@@ -149,15 +154,15 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
                 else:
                     next_input(model, model.final_norm, model.final_norm_bias, hidden, x, 0, model.table_quantize)
                 advance(team, phase)
-            chunk = take(team, phase, thread, NEURON_CHUNKS)
         phase = wait(team, phase)
 
     chunks = _HEAD_CHUNKS * _row_chunks(team)
-    chunk = take(team, phase, thread, chunks)
-    while chunk >= 0:
+    while True:
+        chunk = take(team, phase, thread, chunks)
+        if chunk < 0:
+            break
         matrix, size = (model.head, model.table_stride), model.vocab
         _all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, x, logits)
         if finish(team, chunks):
             advance(team, phase)
-        chunk = take(team, phase, thread, chunks)
     wait(team, phase)

@@ -120,8 +120,10 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
     x, width, padded = batch.x, 4 * model.width, batch.tokens
     blocks = _chunks(count, TOKENS)
 
-    block = take(team, phase, thread, blocks)
-    while block >= 0:
+    while True:
+        block = take(team, phase, thread, blocks)
+        if block < 0:
+            break
         start, stop = TOKENS * block, min(count, TOKENS * block + TOKENS)
         for t in range(start, stop):
             embed(model, tokens[t], position + t, batch.hidden + t * width)
@@ -130,40 +132,43 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
         _inputs(model, layers[0].attn_norm, layers[0].attn_norm_bias, batch, start, stop, model.quantize)
         if finish(team, blocks):
             advance(team, phase)
-        block = take(team, phase, thread, blocks)
     phase = wait(team, phase)
 
     for layer in range(model.layers):
         weights = layers[layer]
         total = (model.heads + 2 * model.kv_heads) * model.head_dim
         chunks = _chunks(total, ROWS)
-        chunk = take(team, phase, thread, chunks)
-        while chunk >= 0:
+        while True:
+            chunk = take(team, phase, thread, chunks)
+            if chunk < 0:
+                break
             start = ROWS * chunk
             part, matrix, out = min(total - start, ROWS), weights.qkv + start * model.qkv_stride, batch.qkv + 4 * start
             call(model.dot_tokens, (matrix, model.qkv_stride, part, x, padded, out, 4 * total))
             _bias_columns(_offset(weights.qkv_bias, start), part, out, 4 * total, padded)
             if finish(team, chunks):
                 advance(team, phase)
-            chunk = take(team, phase, thread, chunks)
         phase = wait(team, phase)
 
         queries = 4 * model.heads * model.head_width
         key = batch.key + thread * batch.key_stride
-        block = take(team, phase, thread, blocks)
-        while block >= 0:
+        while True:
+            block = take(team, phase, thread, blocks)
+            if block < 0:
+                break
             for t in range(TOKENS * block, min(count, TOKENS * block + TOKENS)):
                 angles, qkv, query = 8 * t * model.rope_half, batch.qkv + 4 * t * total, batch.query + t * queries
                 cos, sin = batch.cos + angles, batch.sin + angles
                 place_heads(model, weights, cache, layer, position + t, qkv, cos, sin, query, key)
             if finish(team, blocks):
                 advance(team, phase)
-            block = take(team, phase, thread, blocks)
         phase = wait(team, phase)
 
         scores, parts = batch.scores + thread * batch.scores_stride, batch.parts + thread * batch.parts_stride
-        block = take(team, phase, thread, blocks)
-        while block >= 0:
+        while True:
+            block = take(team, phase, thread, blocks)
+            if block < 0:
+                break
             t = TOKENS * block
             several, stride = min(count - t, TOKENS), batch.joined_stride
             query, joined = batch.query + t * queries, batch.joined + t * stride
@@ -172,12 +177,13 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
                 quantize(model.quantize, batch.attended, other)
             if finish(team, blocks):
                 advance(team, phase)
-            block = take(team, phase, thread, blocks)
         phase = wait(team, phase)
 
         chunks = _chunks(model.hidden, ROWS)
-        chunk = take(team, phase, thread, chunks)
-        while chunk >= 0:
+        while True:
+            chunk = take(team, phase, thread, chunks)
+            if chunk < 0:
+                break
             start = ROWS * chunk
             part, matrix, out = (
                 min(model.hidden - start, ROWS),
@@ -187,42 +193,46 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
             call(model.dot_tokens, (matrix, model.o_stride, part, batch.attended, padded, out, width))
             if finish(team, chunks):
                 advance(team, phase)
-            chunk = take(team, phase, thread, chunks)
         phase = wait(team, phase)
 
-        block = take(team, phase, thread, blocks)
-        while block >= 0:
+        while True:
+            block = take(team, phase, thread, blocks)
+            if block < 0:
+                break
             start, stop = TOKENS * block, min(count, TOKENS * block + TOKENS)
             _add_blocks(model, batch, weights.o_bias, weights.attn_post_norm, start, stop)
             _inputs(model, weights.ffn_norm, weights.ffn_norm_bias, batch, start, stop, model.quantize)
             if finish(team, blocks):
                 advance(team, phase)
-            block = take(team, phase, thread, blocks)
         phase = wait(team, phase)
 
         gate, up = batch.gate + thread * batch.chunk_stride, batch.up + thread * batch.chunk_stride
         chunks = _chunks(model.neurons, ROWS)
-        chunk = take(team, phase, thread, chunks)
-        while chunk >= 0:
+        while True:
+            chunk = take(team, phase, thread, chunks)
+            if chunk < 0:
+                break
             start = ROWS * chunk
             _fire(model, weights, batch, start, min(model.neurons - start, ROWS), gate, up)
             if finish(team, chunks):
                 advance(team, phase)
-            chunk = take(team, phase, thread, chunks)
         phase = wait(team, phase)
 
         downs, strips, panel = weights.updown + model.down, model.width // STRIP, batch.panel + thread * 4 * 64 * 64
-        strip = take(team, phase, thread, strips)
-        while strip >= 0:
+        while True:
+            strip = take(team, phase, thread, strips)
+            if strip < 0:
+                break
             matrix = (downs, model.updown_stride, model.neurons, model.width, strip)
             call(model.down_strip, (*matrix, padded, batch.fired, 4 * model.neurons, panel, batch.delta, width))
             if finish(team, strips):
                 advance(team, phase)
-            strip = take(team, phase, thread, strips)
         phase = wait(team, phase)
 
-        block = take(team, phase, thread, blocks)
-        while block >= 0:
+        while True:
+            block = take(team, phase, thread, blocks)
+            if block < 0:
+                break
             start, stop = TOKENS * block, min(count, TOKENS * block + TOKENS)
             _add_blocks(model, batch, weights.down_bias, weights.ffn_post_norm, start, stop)
             if layer + 1 < model.layers:
@@ -232,19 +242,19 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
                 _inputs(model, model.final_norm, model.final_norm_bias, batch, start, stop, model.table_quantize)
             if finish(team, blocks):
                 advance(team, phase)
-            block = take(team, phase, thread, blocks)
         phase = wait(team, phase)
 
     wanted = batch.wanted + thread * (SCRATCH + 8)
     _last_vectors(x, padded - rows, model.table_integer, wanted)
     chunks = _chunks(model.vocab, _HEAD_ROWS)
-    chunk = take(team, phase, thread, chunks)
-    while chunk >= 0:
+    while True:
+        chunk = take(team, phase, thread, chunks)
+        if chunk < 0:
+            break
         start = _HEAD_ROWS * chunk
         part, matrix = min(model.vocab - start, _HEAD_ROWS), model.head + start * model.table_stride
         out = logits + 4 * start
         call(model.table_tokens, (matrix, model.table_stride, part, wanted, rows, out, 4 * model.vocab))
         if finish(team, chunks):
             advance(team, phase)
-        chunk = take(team, phase, thread, chunks)
     wait(team, phase)
