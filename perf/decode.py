@@ -90,7 +90,7 @@ def ratios(contenders: list[Contender], samples: list[Samples]) -> list[dict[str
                         "name": ours.name,
                         "peer": theirs.name,
                         "threads": ours.threads,
-                        "equal_bits": _EQUAL_BITS.get(ours.name) == theirs.name,
+                        "equal_bits": _EQUAL_BITS.get(ours.name.removesuffix("-dense")) == theirs.name,
                         "best_prefill": (theirs.name, theirs.threads) in best,
                         "prefill": pairwise(their.prefill, our.prefill),
                         "decode": pairwise(their.decode, our.decode),
