@@ -48,6 +48,8 @@ class Deep(ABC):
 class DeepFewfire(Deep):
     """Our engines, one for each number of threads, with one cache: a position decides what they see of it."""
 
+    engine: Fewfire
+
     def __init__(self, name: str, request: Request, threads: list[int]) -> None:
         form = name.partition(":")[2]
         self._engines = {

@@ -27,7 +27,7 @@ from fewfire.cache import cache_dir
 from fewfire.kernels import axpy, gather
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import Primitive
-from fewfire.kernels.decode import SOON
+from fewfire.kernels.gather import SOON
 from fewfire.kernels.simd import call, store_f32, sum_lanes
 from fewfire.packed import PAGE
 from fewfire.quantize import FORMATS, padded

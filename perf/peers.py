@@ -156,17 +156,25 @@ class Fewfire(Stepwise):
     def decoded_logits(self, ids: Sequence[int]) -> np.ndarray:
         """The same one token at a time: decoding rounds a little more than reading a prompt."""
         self.reset()
-        return np.stack([self._session.feed([token]).copy() for token in ids])
+        return np.stack([self._session.feed([token]) for token in ids])
 
     def bytes_per_token(self, positions: int) -> int:
         c, arrays = self.model.config, self.model.packed.arrays
         tables = {"positions"} if c.tie_word_embeddings else {"positions", "embed"}  # a token reads one row of each
         weights = sum(a.nbytes for name, a in arrays.items() if name not in tables)
-        unread = c.num_hidden_layers * c.intermediate_size - int(self.model.engine.neurons_read().sum())
-        weights -= unread * arrays["updown"].strides[1]
-        item = 4 if self.model.weights in ("f32", "bf16") else 2
+        weights -= round((1 - self.neurons_read()) * arrays["updown"].nbytes)
+        return weights + self.cached_bytes(positions)
+
+    def cached_bytes(self, positions: float) -> int:
+        """The keys and values that a token reads after so many positions."""
+        c, item = self.model.config, 4 if self.model.weights in ("f32", "bf16") else 2
         seen = sum(min(positions, c.window(layer) or positions) for layer in range(c.num_hidden_layers))
-        return weights + seen * 2 * c.num_key_value_heads * c.head_dim * item
+        return int(seen * 2 * c.num_key_value_heads * c.head_dim * item)
+
+    def neurons_read(self) -> float:
+        """The share of neurons whose up and down rows the last token read."""
+        c = self.model.config
+        return float(self.model.engine.neurons_read().sum() / (c.num_hidden_layers * c.intermediate_size))
 
 
 def load(name: str, request: Request) -> Contender:

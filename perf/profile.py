@@ -32,15 +32,14 @@ def bytes_read(deep: DeepFewfire, positions: float) -> dict[str, float]:
     """The bytes that a token must read for each part, after so many positions."""
     model = deep.model
     c, arrays, record = model.config, model.packed.arrays, model.engine._model.record
-    up = c.num_hidden_layers * c.intermediate_size * int(record["down"][0])
-    seen = sum(min(positions, c.window(layer) or positions) for layer in range(c.num_hidden_layers))
+    up, share = c.num_hidden_layers * c.intermediate_size * int(record["down"][0]), deep.engine.neurons_read()
     return {
         "qkv": arrays["qkv"].nbytes,
         "o": arrays["o"].nbytes,
         "gate": arrays["gate"].nbytes,
-        "up": up,
-        "down": arrays["updown"].nbytes - up,
-        "attention": seen * 2 * c.num_key_value_heads * int(record["cell"][0]),
+        "up": share * up,
+        "down": share * (arrays["updown"].nbytes - up),
+        "attention": deep.engine.cached_bytes(positions),
         "head": arrays.get("head", arrays["embed"]).nbytes,
     }
 

@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         "text": options.text.name,
         "part": options.part,
         "window": options.window,
+        "decoded": options.decode,
         "scored": sum(len(window) - 1 for window in cut),
         "contenders": rows,
         "absent": absent,

@@ -67,7 +67,7 @@ def _quality(result: Result) -> str:
     about = (
         f"{result['scored']:,} tokens of {result['text']} ({result['part']} of it) in windows of {result['window']},"
         " the same for all, scored from each engine's logits by the same code; ± is the standard error of the"
-        " difference."
+        " difference." + (" fewfire read one token at a time, as in generation." if result.get("decoded") else "")
     )
     return _section(f"Perplexity, {result['model']}", about, quality.quality_table(result), result=result)
 

@@ -82,6 +82,8 @@ def starter(name: str, request: Request, ids: Sequence[int]) -> Starter:
     """Prepares an engine. Raises `AbsentError` if it cannot take part."""
     engine, _, form = name.partition(":")
     keep: dict[str, list[Path]] = {}
+    if form.endswith("-dense"):
+        raise AbsentError("it starts as it does without -dense")
     path: str | Path = request.loadable(form)
     if engine == "fewfire":
         packed = fewfire.load(path, weights=form, threads=1).path  # with this, kernels are compiled as well

@@ -100,7 +100,7 @@ class Workspace(Buffers):
         self.activation("attended", attended)
         self.point("joined", attended.values)
         hidden, head, half = padded(c.hidden_size), head_width(c), c.head_dim // 2
-        longest = longest_chunk(c.intermediate_size)
+        longest = _lines(longest_chunk(c.intermediate_size))
         factors, scores, ranges = _lines(axpy_scratch(c.hidden_size)), _lines(SCORES), -(-positions // RANGE)
         self.number(
             longest=longest,

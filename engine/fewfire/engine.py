@@ -14,8 +14,9 @@ from fewfire.buffers import Batch, Buffers, Workspace, head_width
 from fewfire.config import ACTIVATIONS, EXACT_ZEROS
 from fewfire.kernels import attention, axpy, dense, gather, pointwise, rows
 from fewfire.kernels.compile import Compiled, Primitive
-from fewfire.kernels.decode import SOON, decode
+from fewfire.kernels.decode import decode
 from fewfire.kernels.dense import TOKENS
+from fewfire.kernels.gather import SOON
 from fewfire.kernels.layer import CACHE, LAYER, MODEL
 from fewfire.kernels.prefill import prefill
 from fewfire.packed import Formats, Packed

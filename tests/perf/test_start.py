@@ -9,6 +9,7 @@ import pytest
 
 from fewfire.cache import cache_dir
 from perf import results, start
+from perf.peers import AbsentError, Request
 from perf.report import figures
 
 
@@ -48,3 +49,8 @@ def test_a_cold_cache_has_only_what_is_kept():
 def test_a_process_that_says_nothing_is_an_error():
     with pytest.raises(SystemExit, match="no more"):
         start.first_byte([sys.executable, "-c", "import sys; sys.exit('no more')"])
+
+
+def test_a_dense_run_is_no_start_of_its_own(tiny_path):
+    with pytest.raises(AbsentError, match="without -dense"):
+        start.starter("fewfire:q4-dense", Request(str(tiny_path()), 1, 20), [5])

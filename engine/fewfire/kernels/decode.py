@@ -11,6 +11,7 @@ from numba import types
 
 from fewfire.kernels.attention import RANGE
 from fewfire.kernels.compile import inline, kernel, records
+from fewfire.kernels.gather import SOON
 from fewfire.kernels.layer import (
     CACHE,
     LAYER,
@@ -34,7 +35,6 @@ from fewfire.kernels.team import REGIONS, advance, finish, region_of, take, wait
 _I = types.int64
 
 _HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
-SOON = 2  # rows that are neighbours are asked for so many rows ahead
 
 # Buffers of one token, float32 unless said: descriptors of `x` (hidden,) and `attended`, whose values are `joined`
 # (heads * head_dim,); the residual stream `hidden` and what a block adds to it, `delta`; `query` (heads, head_width),

@@ -45,6 +45,8 @@ _I = types.int64
 # q4 rows, and int16 for q8 rows: it costs nothing there, and the format that is chosen to be exact should be.
 VALUES, QUANTS, SCALES, SUMS, COLUMNS, LANES, SCRATCH = range(0, 56, 8)
 
+SOON = 2  # where a list is worked through in order, its rows are asked for so many entries ahead
+
 
 @inline
 def _ask_for(soon, start, stop):

@@ -7,6 +7,7 @@ the others, *scatter* adds their down rows into the chunk's own y. Whatever is d
 
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import inline
+from fewfire.kernels.gather import SOON
 from fewfire.kernels.layer import multiply_by
 from fewfire.kernels.simd import call, load_f32, load_i32, splat_f32, store_f32, store_f32x8, store_i32, store_i64
 
@@ -15,12 +16,11 @@ from fewfire.kernels.simd import call, load_f32, load_i32, splat_f32, store_f32,
 _GROUPS, _PIECES = 4, 4
 NEURON_CHUNKS = _GROUPS * _PIECES
 _STEP = BLOCK // 4  # of each quarter of a list, neurons that are scattered together
-_SOON = 2  # rows of gate are asked for so many rows ahead
 
 
 def longest_chunk(neurons: int) -> int:
-    """Entries of the lists of a chunk, with those that kernels look ahead to; whole cache lines."""
-    return -(-(4 * (-(-neurons // (4 * NEURON_CHUNKS)) + 2) + 2 * BLOCK) // 32) * 32
+    """Entries of the lists of a chunk, with those that kernels look ahead to."""
+    return 4 * (-(-neurons // (4 * NEURON_CHUNKS)) + 2) + 2 * BLOCK
 
 
 @inline
@@ -109,7 +109,7 @@ def neuron_chunk(model, weights, work, layer, thread, chunk):
     if size > 0:
         _pad(ids, size)
         stride, end = model.gate_stride, (size + 3) // 4
-        call(model.gather_dot, (weights.gate, stride, ids, ids + 4 * _SOON, stride, size, 0, end, work.x, gate))
+        call(model.gather_dot, (weights.gate, stride, ids, ids + 4 * SOON, stride, size, 0, end, work.x, gate))
         _add_listed(gate, weights.gate_bias, ids, size)
         call(model.activate, (model.activation, model.act_threshold, gate, size))
         size = _keep(weights.threshold, ids, gate, size)

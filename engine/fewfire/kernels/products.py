@@ -26,15 +26,16 @@ from fewfire.kernels.simd import (
 )
 
 
-def _reshape_add(builder: ir.IRBuilder, products: ir.Value) -> ir.Value:
-    """Sums of four neighbours: <32 x i32> to <8 x i32>."""
-    parts = [select_lanes(builder, products, list(range(k, 32, 4))) for k in range(4)]
-    return builder.add(builder.add(parts[0], parts[1]), builder.add(parts[2], parts[3]))
+def _sum_neighbours(builder: ir.IRBuilder, products: ir.Value) -> ir.Value:
+    """Sums of two neighbours: half as many lanes."""
+    even, odd = (select_lanes(builder, products, list(range(k, products.type.count, 2))) for k in (0, 1))
+    return builder.add(even, odd)
 
 
 def _dot_plain(builder: ir.IRBuilder, acc: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
     wide = ir.VectorType(I32, 32)
-    return builder.add(acc, _reshape_add(builder, builder.mul(builder.sext(a, wide), builder.sext(b, wide))))
+    products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
+    return builder.add(acc, _sum_neighbours(builder, _sum_neighbours(builder, products)))
 
 
 def _dot_neon(builder: ir.IRBuilder, acc: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -67,8 +68,7 @@ def emit_dot_i16(builder: ir.IRBuilder, level: str, acc: ir.Value, w: ir.Value, 
         return builder.add(acc, invoke(builder, "llvm.x86.avx2.pmadd.wd", i32x8.llvm, w, x))
     wide = ir.VectorType(I32, 16)
     products = builder.mul(builder.sext(w, wide), builder.sext(x, wide))
-    even, odd = (select_lanes(builder, products, list(range(k, 16, 2))) for k in (0, 1))
-    return builder.add(acc, builder.add(even, odd))
+    return builder.add(acc, _sum_neighbours(builder, products))
 
 
 @instruction(i32x8, i32x8, i16x16, i16x16)
@@ -173,8 +173,7 @@ def emit_add_pairs_u4(builder: ir.IRBuilder, level: str, acc: ir.Value, w: ir.Va
         return builder.add(acc, _pairs_avx2(builder, w, factors))
     wide = ir.VectorType(I16, 32)
     products = builder.mul(builder.zext(w, wide), builder.sext(factors, wide))
-    even, odd = (select_lanes(builder, products, list(range(k, 32, 2))) for k in (0, 1))
-    return builder.add(acc, builder.add(even, odd))
+    return builder.add(acc, _sum_neighbours(builder, products))
 
 
 @instruction(i16x16, i16x16, i8x32, i8x32)
