@@ -1,0 +1,72 @@
+"""What a calibration has chosen, in the form that the engine reads: thresholds, and weights of predictors.
+
+A neuron is read if it passes everything that is set here, in this order: `predictor` or `top`, then `gate`, then
+`down`. Every part says with a threshold what is dropped; -1 drops nothing, so that a layer can stay dense. Weights are
+stored rows (`quantize.py`) in the model's own formats: `rows` of the model where they are multiplied with a vector,
+`down` where they are added up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Predictor:
+    """Guesses from the FFN's input which neurons will fire (`lowrank`), or which groups of them (`router`).
+
+    A group's score is its row of `rows` times z, where z = basis x, or x itself without a basis. It is kept if its
+    score plus its bias is over 0; a bias of +inf keeps it always. `early`: x is the normed input of the layer's
+    attention rather than of its FFN. `members` lists the neurons group by group; all groups but the last, which may
+    be smaller, have ceil(neurons / groups).
+    """
+
+    rows: np.ndarray  # (layers, groups, bytes of a row of `rank` or `hidden` columns) uint8
+    bias: np.ndarray  # (layers, groups) float32
+    members: np.ndarray  # (layers, neurons) int32
+    basis: np.ndarray | None = None  # (layers, rank, bytes of a row of `hidden` columns) uint8
+    early: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """A projection by columns: those whose input's absolute value is not over the layer's threshold are not read.
+
+    The stored rows are the columns of the projection, in the layout and format of down rows.
+    """
+
+    columns: np.ndarray  # (layers, inputs, bytes of a row of `outputs` columns) uint8
+    thresholds: np.ndarray  # (layers,) float32
+
+
+@dataclass(frozen=True, eq=False)
+class Screen:
+    """The output head at low rank: tokens within `margin` of the largest screened logit get their exact logit.
+
+    The others keep the screened one: rows (basis x) + bias. `basis` meets the final hidden state, in the format of the
+    model's tables; `rows` are in the format of the model's rows.
+    """
+
+    rows: np.ndarray  # (vocab, bytes of a row of `rank` columns) uint8
+    basis: np.ndarray  # (rank, bytes of a row of `hidden` columns) uint8
+    rank: int
+    bias: np.ndarray  # (vocab,) float32
+    margin: float
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """All that is left out, and how it is chosen."""
+
+    method: str  # for people: "gate", "lowrank + gate + screen"
+    gate: np.ndarray | None = None  # (layers,) float32: drops neurons whose |act(gate)| is not over it
+    down: np.ndarray | None = None  # (layers,) float32: drops down rows whose |act(gate) * up| is not over it
+    top: np.ndarray | None = None  # (layers,) int32: keeps the so many neurons with the largest |act(gate)|
+    predictor: Predictor | None = None
+    qkv: Columns | None = None
+    o: Columns | None = None
+    ffn: Columns | None = None  # outputs: all gate rows, then all up rows where the model has them
+    window: int = 1  # tokens (positions from a multiple of it on) over which neurons that were read stay kept
+    screen: Screen | None = None
