@@ -3,7 +3,8 @@
 A neuron is read if it passes everything that is set here, in this order: `predictor` or `top`, then `gate`, then
 `down`. Every part says with a threshold what is dropped; -1 drops nothing, so that a layer can stay dense. Weights are
 stored rows (`quantize.py`) in the model's own formats: `rows` of the model where they are multiplied with a vector,
-`down` where they are added up.
+`down` where they are added up. Thresholds are per neuron, because neurons differ in what they matter to the output; a
+method that has one for a layer repeats it.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class Selection:
     """All that is left out, and how it is chosen."""
 
     method: str  # for people: "gate", "lowrank + gate + screen"
-    gate: np.ndarray | None = None  # (layers,) float32: drops neurons whose |act(gate)| is not over it
-    down: np.ndarray | None = None  # (layers,) float32: drops down rows whose |act(gate) * up| is not over it
+    gate: np.ndarray | None = None  # (layers, neurons) float32: drops neurons whose |act(gate)| is not over it
+    down: np.ndarray | None = None  # (layers, neurons) float32: drops down rows whose |act(gate) * up| is not over it
     top: np.ndarray | None = None  # (layers,) int32: keeps the so many neurons with the largest |act(gate)|
     predictor: Predictor | None = None
     qkv: Columns | None = None
