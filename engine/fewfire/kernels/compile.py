@@ -66,7 +66,7 @@ _OPTIONS = {"error_model": "numpy", "boundscheck": False}
 
 def inline(function: Callable[..., Any]) -> Any:
     """A piece of a kernel: always inlined into its caller, without an entry point of its own."""
-    return numba.njit(function, forceinline=True, no_cpython_wrapper=True, **_OPTIONS)
+    return numba.njit(function, forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
 
 
 class Compiled:
