@@ -66,10 +66,20 @@ def _prune() -> None:
 _OPTIONS = {"error_model": "numpy", "boundscheck": False, "_nrt": False, "no_rewrites": True}
 
 
+_PIECE = {"pipeline_class": PieceCompiler, "no_cpython_wrapper": True, "no_cfunc_wrapper": True, **_OPTIONS}
+
+# Numba compiles a piece anew for every literal among its arguments. To Numba, these are none.
+ZERO, ONE = np.int64(0), np.int64(1)
+
+
 def inline(function: Callable[..., Any]) -> Any:
-    """A piece of a kernel: always inlined into its caller, without an entry point of its own."""
-    entries = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    return numba.njit(function, forceinline=True, pipeline_class=PieceCompiler, **entries, **_OPTIONS)
+    """A piece of a kernel that is always inlined into its caller."""
+    return numba.njit(function, forceinline=True, **_PIECE)
+
+
+def step(function: Callable[..., Any]) -> Any:
+    """A piece of a kernel that is long and runs seldom: LLVM may keep one copy for all its callers in a kernel."""
+    return numba.njit(function, **_PIECE)
 
 
 class Compiled:
