@@ -11,7 +11,7 @@ integers").
 import numpy as np
 from numba import types
 
-from fewfire.kernels.compile import inline, primitive
+from fewfire.kernels.compile import ZERO, inline, primitive
 from fewfire.kernels.products import (
     add_pairs_u4,
     dot_i16,
@@ -205,7 +205,7 @@ def _add_q8(count, y, columns, scratch):
     step = 4 * _whole(groups)
     scale, pairs = scratch + _REST, scratch + _REST + 2 * step
     _coefficients(32767.0, 0.0, store_i16_pairs, count, columns, groups, scratch)
-    size, row, byte = columns + 2 * groups + 63, 0, 0
+    size, row, byte = columns + 2 * groups + 63, ZERO, ZERO
     pieces, piece = _plan(size, count, groups)
     for at in range(0, columns, 32):
         row, byte = _ask_for(scratch, count, size, pieces, piece, row, byte)
@@ -243,7 +243,7 @@ def _add_q4(count, y, columns, scratch):
     whole = _whole(groups)
     scale, offset, pairs = scratch + _REST, scratch + _REST + 4 * whole, scratch + _REST + 8 * whole
     _coefficients(127.0, 7.5, store_i8_pairs, count, parameters, groups, scratch)
-    size, row, byte = parameters + 4 * groups + 63, 0, 0
+    size, row, byte = parameters + 4 * groups + 63, ZERO, ZERO
     pieces, piece = _plan(size, count, groups // 2)
     for at in range(0, parameters, 32):
         row, byte = _ask_for(scratch, count, size, pieces, piece, row, byte)

@@ -24,6 +24,7 @@ from numba import types
 
 from fewfire.cache import cache_dir
 from fewfire.kernels.level import LEVEL
+from fewfire.kernels.piece import PieceCompiler
 
 
 def _kernel_cache_dir() -> Path:
@@ -61,12 +62,24 @@ def _prune() -> None:
                 shutil.rmtree(directory, ignore_errors=True)
 
 
-_OPTIONS = {"error_model": "numpy", "boundscheck": False}
+# Kernels allocate nothing, so nothing is counted, and have no expressions that Numba's rewrites would help with.
+_OPTIONS = {"error_model": "numpy", "boundscheck": False, "_nrt": False, "no_rewrites": True}
+
+
+_PIECE = {"pipeline_class": PieceCompiler, "no_cpython_wrapper": True, "no_cfunc_wrapper": True, **_OPTIONS}
+
+# Numba compiles a piece anew for every literal among its arguments. To Numba, these are none.
+ZERO, ONE = np.int64(0), np.int64(1)
 
 
 def inline(function: Callable[..., Any]) -> Any:
-    """A piece of a kernel: always inlined into its caller, without an entry point of its own."""
-    return numba.njit(function, forceinline=True, no_cpython_wrapper=True, **_OPTIONS)
+    """A piece of a kernel that is always inlined into its caller."""
+    return numba.njit(function, forceinline=True, **_PIECE)
+
+
+def step(function: Callable[..., Any]) -> Any:
+    """A piece of a kernel that is long and runs seldom: LLVM may keep one copy for all its callers in a kernel."""
+    return numba.njit(function, **_PIECE)
 
 
 class Compiled:
@@ -113,7 +126,7 @@ class Kernel(Compiled):
     """A compiled function that Python calls; it releases the GIL."""
 
     def _compile(self, cache: bool) -> Any:
-        return numba.njit(self._signature, nogil=True, cache=cache, **_OPTIONS)(self._function)
+        return numba.njit(self._signature, nogil=True, no_cfunc_wrapper=True, cache=cache, **_OPTIONS)(self._function)
 
     def __call__(self, *arguments: Any) -> None:
         (self._made or self.compile())(*arguments)

@@ -10,7 +10,7 @@ threads.
 from numba import types
 
 from fewfire.kernels.attention import RANGE
-from fewfire.kernels.compile import inline, kernel, records
+from fewfire.kernels.compile import ONE, ZERO, inline, kernel, records
 from fewfire.kernels.gather import SOON
 from fewfire.kernels.layer import (
     CACHE,
@@ -87,11 +87,11 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
     """
     model, work, cache = models[0], works[0], caches[0]
     x, hidden, delta = work.x, work.hidden, work.delta
-    if take(team, phase, thread, 1) >= 0:
+    if take(team, phase, thread, ONE) >= 0:
         embed(model, token, position, hidden)
         set_rope(model, position, work.cos, work.sin)
-        next_input(model, layers[0].attn_norm, layers[0].attn_norm_bias, hidden, x, 0, model.quantize)
-        finish(team, 1)
+        next_input(model, layers[0].attn_norm, layers[0].attn_norm_bias, hidden, x, ZERO, model.quantize)
+        finish(team, ONE)
         advance(team, phase)
     phase = wait(team, phase)
 
@@ -135,7 +135,7 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
             _all_rows(model, team, model.gather_dot, *matrix, size, chunk, chunks, work.attended, delta)
             if finish(team, chunks):
                 add_block(model, hidden, delta, weights.o_bias, weights.attn_post_norm)
-                next_input(model, weights.ffn_norm, weights.ffn_norm_bias, hidden, x, 0, model.quantize)
+                next_input(model, weights.ffn_norm, weights.ffn_norm_bias, hidden, x, ZERO, model.quantize)
                 advance(team, phase)
         phase = wait(team, phase)
 
@@ -150,9 +150,9 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
                 add_block(model, hidden, work.partial, weights.down_bias, weights.ffn_post_norm)
                 if layer + 1 < model.layers:
                     follower = layers[layer + 1]
-                    next_input(model, follower.attn_norm, follower.attn_norm_bias, hidden, x, 0, model.quantize)
+                    next_input(model, follower.attn_norm, follower.attn_norm_bias, hidden, x, ZERO, model.quantize)
                 else:
-                    next_input(model, model.final_norm, model.final_norm_bias, hidden, x, 0, model.table_quantize)
+                    next_input(model, model.final_norm, model.final_norm_bias, hidden, x, ZERO, model.table_quantize)
                 advance(team, phase)
         phase = wait(team, phase)
 

@@ -13,7 +13,7 @@ fast as it keeps requests under way (perf/LOG.md, "four rows at a time").
 
 from numba import types
 
-from fewfire.kernels.compile import inline, primitive
+from fewfire.kernels.compile import ZERO, inline, primitive
 from fewfire.kernels.products import dot_i16, dot_u4, high_nibbles, low_nibbles, settle, sum_pairs
 from fewfire.kernels.simd import (
     fma,
@@ -136,7 +136,7 @@ def _block_q4(groups, load_parameter, rows, at, quants, scale, minimum, x_scale,
 @inline
 def _four_q8(rows, soon, wanted, x):
     columns, quants, x_scale = load_i64(x + COLUMNS), load_i64(x + QUANTS), load_i64(x + SCALES)
-    groups, at, scale = columns // 32, 0, columns
+    groups, at, scale = columns // 32, ZERO, columns
     totals = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
     share = (8 * wanted // groups + 63) // 64 * 64  # with every eight groups, an equal share of what is wanted soon
     for asked in range(0, share * (groups // 8), share):
@@ -155,7 +155,7 @@ def _four_q8(rows, soon, wanted, x):
 @inline
 def _four_q4(rows, soon, wanted, x):
     columns, quants, x_scale = load_i64(x + COLUMNS), load_i64(x + QUANTS), load_i64(x + SCALES)
-    groups, at, scale, sums = columns // 32, 0, columns // 2, load_i64(x + SUMS)
+    groups, at, scale, sums = columns // 32, ZERO, columns // 2, load_i64(x + SUMS)
     minimum = scale + 2 * groups
     totals = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
     share = (8 * wanted // groups + 63) // 64 * 64  # with every eight groups, an equal share of what is wanted soon

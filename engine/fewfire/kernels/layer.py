@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from fewfire.kernels.attention import EVERYTHING, RANGE
-from fewfire.kernels.compile import inline
+from fewfire.kernels.compile import inline, step
 from fewfire.kernels.gather import VALUES
 from fewfire.kernels.simd import add, call, load_f32, load_f32x8, load_i64, mul, splat_f32, store_f32, store_f32x8
 
@@ -60,7 +60,7 @@ def head_cache(base, cache, model, layer, head):
     return base + (layer * model.kv_heads + head) * cache.capacity * model.cell
 
 
-@inline
+@step
 def add_to(target, source, count):
     """target[:count] += source[:count]; float32 at addresses. Does nothing when the source is 0."""
     if source != 0:
@@ -85,7 +85,7 @@ def copy(target, source, count):
         store_f32(target + i, load_f32(source + i))
 
 
-@inline
+@step
 def set_rope(model, position, cos, sin):
     """cos and sin of a position's angles, `(2, head_dim / 2)`, for both kinds of layer."""
     for i in range(0, 8 * model.rope_half, 4):
@@ -94,7 +94,7 @@ def set_rope(model, position, cos, sin):
         store_f32(sin + i, math.sin(angle))
 
 
-@inline
+@step
 def embed(model, token, position, out):
     """The token's row of the embedding, scaled, plus the learned position where the model has them."""
     call(model.table_row, (model.embed + token * model.table_stride, model.width, out))
@@ -105,14 +105,14 @@ def embed(model, token, position, out):
         add_to(out, model.positions + 4 * position * model.hidden, model.hidden)
 
 
-@inline
+@step
 def quantize(address, x, t):
     """Vector t of x as integers, for rows whose format wants that."""
     if address != 0:
         call(address, (x, t))
 
 
-@inline
+@step
 def next_input(model, weight, bias, hidden, x, t, quantizer):
     """Norm of the residual stream into vector t of x, ready to be multiplied with rows of the quantizer's format."""
     out = load_i64(x + VALUES) + 4 * t * model.width
@@ -133,7 +133,7 @@ def _place_head(model, source, norm, cos, sin, out):
         call(model.rotate, (out, cos, sin, model.rope_half))
 
 
-@inline
+@step
 def place_heads(model, weights, cache, layer, position, qkv, cos, sin, query, key):
     """Splits one token's q, k, v: the queries into `query`, its keys and values into the cache; `key` is scratch."""
     size, width = 4 * model.head_dim, model.head_width
@@ -160,7 +160,7 @@ def part_size(model):
     return 4 * (model.head_width + 8)
 
 
-@inline
+@step
 def attend_group(model, weights, cache, layer, position, kv_head, number, query, scores, parts, stride):
     """One token's queries of one cached head over range `number`; the heads' parts are `stride` bytes apart."""
     keys = head_cache(cache.keys, cache, model, layer, kv_head)
@@ -186,7 +186,7 @@ def _attend_tokens(model, weights, cache, layer, position, count, head, number, 
     call(model.attend, (keys, values, *seen, query, model.heads * size, scale, scores, out, part_size(model), width))
 
 
-@inline
+@step
 def attend_block(model, weights, cache, layer, position, count, query, scores, parts, joined, joined_stride):
     """Up to four tokens' attention, from their queries to the joined heads.
 
@@ -220,7 +220,7 @@ def _join(model, weights, position, number, part, other):
         call(model.merge, (part, other, model.head_width))
 
 
-@inline
+@step
 def add_block(model, hidden, delta, bias, post_norm):
     """hidden += the block's output, with its bias and, in sandwich models, its norm."""
     add_to(delta, bias, model.hidden)

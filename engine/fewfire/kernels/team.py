@@ -21,7 +21,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from fewfire.kernels.compile import inline
+from fewfire.kernels.compile import inline, step
 from fewfire.kernels.simd import instruction
 
 # In int64: each word has cache lines of its own.
@@ -96,7 +96,7 @@ def region_of(team, chunk, chunks):
     return chunks * region // regions, chunks * (region + 1) // regions
 
 
-@inline
+@step
 def take(team, phase, thread, chunks):
     """The number of a chunk of this phase that is now the caller's, or -1 if none is left."""
     regions = team[REGIONS]
@@ -118,7 +118,7 @@ def finish(team, chunks):
     return _increment(team.ctypes.data + 8 * DONE) + 1 == chunks
 
 
-@inline
+@step
 def advance(team, phase):
     """Closes a phase whose chunks are all done, and opens the next."""
     _store(team.ctypes.data + 8 * DONE, 0)
@@ -127,7 +127,7 @@ def advance(team, phase):
     _store(team.ctypes.data + 8 * PHASE, phase + 1)
 
 
-@inline
+@step
 def wait(team, phase):
     """Returns the next phase's number once this one is closed."""
     address = team.ctypes.data + 8 * PHASE
