@@ -158,10 +158,10 @@ def _neurons(checkpoint: Checkpoint, config: ModelConfig, at: str, of: Formats) 
 def _encode(matrix: np.ndarray, weights: str, layout: quantize.Layout, name: str) -> np.ndarray:
     if weights in ("q4", "q8") and np.abs(matrix).max(initial=0.0) > quantize.LARGEST[weights]:
         raise CheckpointError(f"{name}: a weight is too large for {weights}; pack it as bf16 or f32")
-    return quantize.encode(matrix, weights, layout, _fit_q4)
+    return quantize.encode(matrix, weights, layout, fit_q4)
 
 
-def _fit_q4(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def fit_q4(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`quantize.fit_q4`, compiled."""
     groups = np.ascontiguousarray(groups)
     integers = np.empty(groups.shape, np.int8)
