@@ -65,7 +65,7 @@ def eval_command(
     neuron, unless --decode or --against is there.
 
     \b
-    Examples:
+    Example:
       fewfire eval smollm2 book.txt --weights q8 --part 0.8:1.0
       fewfire eval smollm2 book.txt --against dense
     """
