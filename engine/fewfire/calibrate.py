@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ import numpy as np
 
 from fewfire import damage, spread, timing
 from fewfire.budget import search
-from fewfire.damage import Damage
+from fewfire.damage import Damage, Dense
 from fewfire.errors import FewfireError
 from fewfire.notebook import Notebook
 from fewfire.observe import Observation
@@ -147,22 +148,27 @@ class _Calibration:
         key = [store.VERSION, store.model_digest(model.packed), digest, model.context, model.threads]
         self.notebook = Notebook(model.packed.path, key)
         self._fits: dict[str, list[Fit]] = {}
+        self._said: dict[str, Dense] = {}
 
     # --- measuring ----------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def dense_bytes(self) -> int:
         """Weight bytes of a dense token."""
-        return int(self._dense()["bytes_per_token"])
+        self.model.engine.select(None, dense=True)
+        self.model.session().feed(self.held[0][:1])
+        return self.model.engine.read()
 
-    def _dense(self) -> dict[str, Any]:
-        """Decoding without a selection: its distance from reading a prompt is rounding, which probes are freed of."""
-
-        def compute() -> dict[str, Any]:
-            self.model.engine.select(None, dense=True)
-            return _summary(damage.measure(self.model, self.fitted[:1], self.progress, "measuring the dense model"))
-
-        return dict(self.notebook.number("dense", compute))
+    def _dense(self, name: str, cut: list[list[int]]) -> Dense:
+        """What the dense model says about windows."""
+        if name not in self._said:
+            found = self.notebook.arrays(name)
+            if found is None:
+                self.model.engine.select(None, dense=True)
+                found = vars(damage.observe_dense(self.model, cut, self.progress))
+                self.notebook.keep(name, **found)
+            self._said[name] = Dense(**found)
+        return self._said[name]
 
     def fits(self, kind: str) -> list[Fit]:
         """A kind, fitted for every layer."""
@@ -190,22 +196,23 @@ class _Calibration:
         """What an error of 1 in each layer's output means to the predictions: nats of KL divergence."""
         probe = KINDS[kind].probe
         fits, count = self.fits(probe), self.packed.config.num_hidden_layers
-        floor, decodes = self._dense()["kl"], _WORK / self.dense_bytes
+        decodes = _WORK / self.dense_bytes
         tokens = max(48, min(_PROBED, int(decodes / count)))
         groups = np.array_split(np.arange(count), max(1, min(count, int(decodes / tokens))))
         level = float(np.interp(_PROBE_DENSITY, fits[count // 2]["densities"], fits[count // 2]["errors"]))
-        found: list[float] = []
+        found, cut = list[float](), _some(self.fitted, tokens)
+        dense = self._dense(f"dense-probe-{tokens}", cut)
         for number, group in enumerate(groups):
             picked = [_density_for(fit, level) if i in group else 1.0 for i, fit in enumerate(fits)]
 
             def compute(picked: Sequence[float] = picked, number: int = number) -> float:
                 self.model.engine.select(selection(self.packed, probe, {probe: fits}, {probe: picked}))
                 self.progress(f"probing {probe}", number, len(groups))
-                return float(damage.measure(self.model, _some(self.fitted, tokens)).kl.mean())
+                return float(damage.measure(self.model, cut, dense).kl.mean())
 
             kl = self.notebook.number(f"probe {probe} {group[0]}-{group[-1]}", compute)
             error = sum(float(np.interp(picked[i], fits[i]["densities"], fits[i]["errors"])) for i in group)
-            found += [max(kl - floor, 0.02 * kl, 1e-9) / max(error, 1e-12)] * len(group)
+            found += [max(kl, 1e-9) / max(error, 1e-12)] * len(group)
         self.progress(f"probing {probe}", len(groups), len(groups))
         return found
 
@@ -217,8 +224,10 @@ class _Calibration:
         """Measures a setting on the held-out part."""
 
         def compute() -> dict[str, Any]:
+            cut = _some(self.held, tokens)
+            dense = self._dense(f"dense-held-{tokens}", cut)
             self.model.engine.select(self.selection(method, densities))
-            return _summary(damage.measure(self.model, _some(self.held, tokens), self.progress, stage))
+            return _summary(damage.measure(self.model, cut, dense, self.progress, stage))
 
         digest = hashlib.sha256(repr(sorted(densities.items())).encode()).hexdigest()[:16]
         measured = dict(self.notebook.number(f"trial {method} {digest} {tokens}", compute))

@@ -1,14 +1,16 @@
-"""What the selection in use costs: next-token distributions of decoding with it, beside the dense model's.
+"""What the selection in use does to the predictions: next-token distributions beside the dense model's.
 
-The dense logits come from reading a window as a prompt, which leaves nothing out, and the others from reading it token
-by token. Both see the same tokens, so their differences scatter far less than the perplexities themselves.
+Both decode the same windows token by token, so that nothing differs but the selection, and their differences scatter
+far less than the perplexities. The dense model decodes once; what is kept of it are its most probable tokens,
+which makes the KL divergence one over these and all others taken together: never more than the whole one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,18 +20,30 @@ from fewfire.progress import Progress, silent
 if TYPE_CHECKING:
     from fewfire.model import Model
 
-_PART = 64  # tokens of a window whose dense logits are in memory
+_KEPT = 1024  # most probable tokens
 _BLOCK = 16  # neighbouring tokens, whose differences may depend on each other, in one piece
+
+Windows = Sequence[Sequence[int]]  # of at least two tokens, each read from an empty cache; all but the first are scored
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """What the dense model predicts for T scored tokens."""
+
+    tokens: np.ndarray  # (T, kept) int32 the most probable next tokens, the most probable one first
+    log_p: np.ndarray  # (T, kept) float32 their log probabilities
+    target: np.ndarray  # (T,) float32 that of the token that came
+    bytes_per_token: np.ndarray  # () float64 weight bytes read
 
 
 @dataclass(frozen=True, eq=False)
 class Damage:
-    """Per scored token: how much -log p of it grew, and the divergence of the distribution that it came from."""
+    """Of a selection, over T scored tokens."""
 
-    grown: np.ndarray  # (T,) float64, nats
-    kl: np.ndarray  # (T,) float64, KL(dense || selected), nats
-    agree: np.ndarray  # (T,) bool: the same most probable token
-    bytes_per_token: float  # of weights, read in decoding
+    grown: np.ndarray  # (T,) float64 how much more -log p of the token that came is, in nats
+    kl: np.ndarray  # (T,) float64 KL(dense || selected) of the distribution that it came from, in nats
+    agree: np.ndarray  # (T,) bool whether both have the same most probable token
+    bytes_per_token: float  # of weights
 
     @property
     def growth(self) -> float:
@@ -43,48 +57,55 @@ class Damage:
         if count < 2:
             return math.inf
         means = self.grown[: count * _BLOCK].reshape(count, _BLOCK).mean(axis=1)
-        return math.exp(self.grown.mean()) * float(means.std(ddof=1)) / math.sqrt(count)
+        return (1 + self.growth) * float(means.std(ddof=1)) / math.sqrt(count)
+
+
+def observe_dense(model: Model, windows: Windows, progress: Progress = silent, stage: str = "measuring dense") -> Dense:
+    """What the model predicts with the engine's present selection, which should be none."""
+    tokens, log_p, targets, read = [], [], [], 0
+    for target, logits in _decoded(model, windows, progress, stage):
+        shift = log_total(logits)
+        kept = min(_KEPT, len(logits))
+        best = np.argpartition(logits, len(logits) - kept)[len(logits) - kept :]
+        best = best[np.argsort(-logits[best], kind="stable")].astype(np.int32)
+        tokens.append(best)
+        log_p.append(logits[best] - shift)
+        targets.append(logits[target] - shift)
+        read += model.engine.read()
+    return Dense(np.stack(tokens), np.stack(log_p), np.array(targets, np.float32), np.array(read / len(targets)))
 
 
 def measure(
-    model: Model, windows: Sequence[Sequence[int]], progress: Progress = silent, stage: str = "measuring"
+    model: Model, windows: Windows, dense: Dense, progress: Progress = silent, stage: str = "measuring"
 ) -> Damage:
-    """The damage that the engine's present selection does to windows of at least 2 tokens, each from an empty cache."""
-    total, done, read = sum(len(window) - 1 for window in windows), 0, 0
-    grown, kl, agree = np.empty(total), np.empty(total), np.empty(total, bool)
-    dense, selected = model.session(), model.session()
+    """The damage that the engine's present selection does, given what the dense model says about the same windows."""
+    count, read = len(dense.target), 0
+    grown, kl, agree = np.empty(count), np.empty(count), np.empty(count, bool)
+    for i, (target, logits) in enumerate(_decoded(model, windows, progress, stage)):
+        shift = log_total(logits)
+        kept = dense.log_p[i].astype(np.float64)
+        found = logits[dense.tokens[i]].astype(np.float64) - shift
+        p, q = np.exp(kept), np.exp(found)
+        rest_p, rest_q = max(1 - p.sum(), 1e-9), max(1 - q.sum(), 1e-9)
+        kl[i] = p @ (kept - found) + rest_p * math.log(rest_p / rest_q)
+        grown[i] = dense.target[i] - (logits[target] - shift)
+        agree[i] = logits.argmax() == dense.tokens[i, 0]
+        read += model.engine.read()
+    return Damage(grown, kl, agree, read / count)
+
+
+def _decoded(model: Model, windows: Windows, progress: Progress, stage: str) -> Iterator[tuple[int, np.ndarray]]:
+    """Each scored token with the logits that were to predict it, `(vocab,)` float32."""
+    session, done, total = model.session(), 0, sum(len(window) - 1 for window in windows)
     for window in windows:
-        dense.rewind(0)
-        selected.rewind(0)
-        for start, stop in _parts(len(window)):
-            # Reading one token alone would be decoding; the last part has a token that is not scored.
-            expected = log_softmax(dense.feed(window[start:stop], all_logits=True))
-            for row, at in zip(expected, range(start, min(stop, len(window) - 1)), strict=False):
-                found = log_softmax(selected.feed(window[at : at + 1]))
-                read += bytes_read(model)
-                target = window[at + 1]
-                grown[done] = row[target] - found[target]
-                kl[done] = np.dot(np.exp(row), row - found)
-                agree[done] = row.argmax() == found.argmax()
-                done += 1
-                progress(stage, done, total)
-    return Damage(grown, kl, agree, read / total)
+        session.rewind(0)
+        for token, target in pairwise(window):
+            yield target, session.feed([token])
+            done += 1
+            progress(stage, done, total)
 
 
-def bytes_read(model: Model) -> int:
-    """Weight bytes that the last decoded token read."""
-    return model.engine.read()
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis, float32."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
-
-
-def _parts(length: int) -> list[tuple[int, int]]:
-    """Ranges of at most `_PART` + 1 tokens, none of a single one unless that is all."""
-    starts = list(range(0, length, _PART))
-    if length % _PART == 1 and len(starts) > 1:
-        starts.pop()
-    return list(zip(starts, [*starts[1:], length], strict=True))
+def log_total(logits: np.ndarray) -> np.float32:
+    """log sum exp of `(vocab,)` logits."""
+    best = logits.max()
+    return np.float32(best + np.log(np.exp(logits - best).sum(dtype=np.float64)))

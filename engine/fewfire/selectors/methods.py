@@ -88,7 +88,7 @@ def selection(
 
 def governed_bytes(packed: Packed, kinds: Sequence[str]) -> int:
     """Bytes of all rows that these kinds may leave out: what their density is a share of."""
-    gate, up, down = _neuron(packed)
+    _, up, down = _neuron(packed)
     per_neuron = down + (up if set(kinds) != {"down"} else 0)
     return packed.config.num_hidden_layers * packed.config.intermediate_size * per_neuron
 
