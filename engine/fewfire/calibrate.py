@@ -72,7 +72,7 @@ def calibrate(
     Raises `ValueError` for an impossible option or a text that is too short, `FewfireError` if no setting keeps the
     budget or the result cannot be written.
     """
-    _check(method, density, budget)
+    check(method, density, budget)
     store.check_writable(model.packed)
     name = "the default sample" if text is None else "text of the user's"
     work = _Calibration(model, sample_text() if text is None else text, progress)
@@ -105,7 +105,8 @@ def calibrate(
     return about
 
 
-def _check(method: str | None, density: float | None, budget: float | None) -> None:
+def check(method: str | None, density: float | None, budget: float | None) -> None:
+    """Raises `ValueError` for options that `calibrate` does not take."""
     if (density is None) == (budget is None):
         raise ValueError("give either a density or a budget, and not both")
     if density is not None and not 0 < density <= 1:
