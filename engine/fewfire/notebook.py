@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -49,7 +50,7 @@ class Notebook:
         try:
             with np.load(self._file(name)) as file:
                 return {key: file[key] for key in file.files}
-        except (OSError, ValueError):
+        except (OSError, ValueError, BadZipFile):
             return None
 
     def keep(self, name: str, **arrays: np.ndarray) -> None:
