@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 import fewfire
-from fewfire.evaluate import token_nll
+from fewfire.evaluate import perplexity_growth, token_nll
 from fewfire.team import default_threads
+from fewfire.windows import cut_tokens
 from perf import machine, results
 from perf.peers import AbsentError, Contender, Request, load
 from perf.spread import rounded
@@ -33,14 +34,6 @@ USUAL = (
     "llama.cpp:Q8_0",
     "llama.cpp:Q4_0",
 )
-
-
-def windows(ids: Sequence[int], size: int, bos: int | None = None) -> list[list[int]]:
-    """The tokens in windows of `size`, each beginning with `bos` if there is one; none without a token to score."""
-    first = [] if bos is None else [bos]
-    step = size - len(first)
-    cut = [first + list(ids[at : at + step]) for at in range(0, len(ids), step)]
-    return [window for window in cut if len(window) > 1]
 
 
 def losses(contender: Contender, cut: Sequence[Sequence[int]], decode: bool = False) -> np.ndarray:
@@ -68,16 +61,9 @@ def summary(contender: Contender, loss: np.ndarray, cut: Sequence[Sequence[int]]
 
 
 def excess(loss: np.ndarray, base: np.ndarray, cut: Sequence[Sequence[int]]) -> dict[str, float]:
-    """How many per cent the perplexity is over another's, and that figure's standard error over the windows.
-
-    Both saw the same windows, so the differences scatter far less than the perplexities themselves.
-    """
-    counts = np.array([len(window) - 1 for window in cut])
-    mean = (loss - base).sum() / counts.sum()
-    residuals = (loss - base) - mean * counts
-    error = math.sqrt((residuals**2).sum() * len(cut) / max(1, len(cut) - 1)) / counts.sum()
-    percent = 100 * math.expm1(mean)
-    return {"percent": rounded(percent), "error": rounded(100 * math.exp(mean) * error)}
+    """How many per cent the perplexity is over another's, and that figure's standard error over the windows."""
+    growth, error = perplexity_growth(loss, base, np.array([len(window) - 1 for window in cut]))
+    return {"percent": rounded(100 * growth), "error": rounded(100 * error) if len(cut) > 1 else 0.0}
 
 
 def quality_table(result: dict[str, Any]) -> str:
@@ -104,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     request = Request(options.model, options.threads, options.window, options.gguf)
     model = fewfire.load(options.model, threads=1)
     bos = model.config.bos_token_id if model.config.add_bos_token else None
-    cut = windows(model.tokenizer.encode(text)[: options.limit], options.window, bos)
+    cut = cut_tokens(model.tokenizer.encode(text)[: options.limit], options.window, bos)
     if not cut:
         raise SystemExit("the text is too short: at least two tokens are needed")
     absent, rows, base = {}, [], None

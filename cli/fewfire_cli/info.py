@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from fewfire_cli import options
+from fewfire_cli.calibrate import lines
 from fewfire_cli.human import count, size
 from fewfire_cli.progress import ProgressBar
 
 if TYPE_CHECKING:
     from fewfire.config import ModelConfig
     from fewfire.packed import Packed
+    from fewfire.selectors.store import About
 
 _FFN, _ATTENTION = ("gate", "up", "down"), ("q", "k", "v", "o", "q_norm", "k_norm")
 
@@ -33,6 +36,7 @@ def info(model: str, weights: str, as_json: bool) -> None:
       fewfire info smollm2 --weights q8
     """
     packed, chats = _open(model, weights)
+    about, unusable = _calibration(packed)
     config, parts, parameters = packed.config, packed.parts(), _parameters(packed.config)
     if as_json:
         data = {
@@ -40,13 +44,17 @@ def info(model: str, weights: str, as_json: bool) -> None:
             "path": str(packed.path),
             "weights": packed.weights,
             "chat_template": chats,
+            "calibration": asdict(about) if about else None,
             "parameters": parameters,
             "bytes": parts,
             "config": config.to_dict(),
         }
         click.echo(json.dumps(data, ensure_ascii=False))
         return
-    for label, text in _description(model, packed, chats).items():
+    described = _description(model, packed, chats)
+    for number, text in enumerate(lines(about) if about else [unusable]):
+        described["calibration" if number == 0 else " " * number] = text
+    for label, text in described.items():
         click.echo(f"{label:14}{text}")
     click.echo(f"\n{'part':10}{'parameters':>12}{'size':>12}{'share':>8}{'bits each':>12}")
     total = sum(parts.values())
@@ -71,6 +79,18 @@ def _open(model: str, weights: str) -> tuple[Packed, bool]:
     arrays = cast(Any, packed.arrays(checkpoint.config, weights))
     chats = checkpoint.chat_template() is not None
     return packed.Packed(path, path.stem, checkpoint.config, weights, arrays), chats
+
+
+def _calibration(packed: Packed) -> tuple[About | None, str]:
+    """What the calibration says about itself, or why there is nothing to say. A damaged one is no error here."""
+    from fewfire.errors import CheckpointError
+    from fewfire.packed import is_packed
+    from fewfire.selectors import store
+
+    try:
+        return (store.about(packed) if is_packed(packed.path) else None), "none"
+    except CheckpointError as error:
+        return None, str(error).removeprefix(f"{packed.path}: the calibration ")
 
 
 def _description(model: str, packed: Packed, chats: bool) -> dict[str, str]:

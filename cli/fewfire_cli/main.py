@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 import click
 
 from fewfire_cli import terminal
+from fewfire_cli.analyze import analyze
 from fewfire_cli.bench import bench
+from fewfire_cli.calibrate import calibrate
 from fewfire_cli.chat import chat
 from fewfire_cli.completions import completions
 from fewfire_cli.eval import eval_command
@@ -46,7 +48,7 @@ def cli() -> None:
     """
 
 
-for command in (chat, generate, info, bench, eval_command, pack, models, completions):
+for command in (chat, generate, info, analyze, bench, calibrate, eval_command, pack, models, completions):
     cli.add_command(terminal.color_option(command))
 
 

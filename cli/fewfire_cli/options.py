@@ -26,7 +26,9 @@ weights_option = click.option(
 
 def model_options(f: F) -> F:
     """--weights, --threads, --context and --dense, as `load` wants them."""
-    f = click.option("--dense", is_flag=True, help="Compute every neuron, also where a ReLU makes it zero.")(f)
+    f = click.option(
+        "--dense", is_flag=True, help="Leave nothing out: no calibration, and neurons that a ReLU makes zero, too."
+    )(f)
     f = click.option("--context", type=int, help="Most tokens of a conversation.  [default: the model's]")(f)
     f = click.option("--threads", type=int, help="Threads to compute with.  [default: one per core]")(f)
     return weights_option(f)

@@ -18,6 +18,7 @@ from fewfire.pack import model_name, pack
 from fewfire.packed import TEMPLATE, TOKENIZER, VERSION, Packed, is_packed, open_packed
 from fewfire.progress import Progress, silent
 from fewfire.sampling import Sampling
+from fewfire.selectors import store
 from fewfire.session import Session
 from fewfire.sources import resolve
 from fewfire.team import default_threads
@@ -38,8 +39,8 @@ def load(
     source: an alias ("smollm2"), a directory in the Hugging Face layout, a hub id, a .gguf file, or a packed model
     directory. Anything but a packed model is packed once, as `weights` ("q4", "q8", "bf16", "f32"), into the user's
     cache; a packed model keeps its format. threads: default, all cores of the process. context: the most tokens that a
-    session may hold; default, the model's limit. dense: compute every neuron, also where a ReLU makes it zero.
-    progress: called with (stage, done, total) while fetching, packing and compiling.
+    session may hold; default, the model's limit. dense: leave nothing out: do not use the model's calibration, nor skip
+    neurons that a ReLU makes zero. progress: called with (stage, done, total) while fetching, packing and compiling.
 
     Raises `ValueError` for an impossible option, `SourceError` if the model cannot be found or fetched,
     `CheckpointError` if it is damaged or unsupported.
@@ -84,7 +85,7 @@ class Model:
         self.context = min(context or packed.config.max_position_embeddings, packed.config.max_position_embeddings)
         self.tokenizer = _tokenizer(packed)
         self.chat_template = _template(packed, self.tokenizer)
-        self.engine = Engine(packed, threads, progress, dense)
+        self.engine = Engine(packed, threads, progress, dense, None if dense else store.load(packed))
         memory.trim()
 
     @property

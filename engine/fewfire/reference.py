@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,21 +50,50 @@ def forward(
     if positions[-1] >= config.max_position_embeddings:
         raise ValueError(f"position {positions[-1]} is past the model's {config.max_position_embeddings}")
 
-    x = tensors["embed.weight"][ids].astype(np.float32) * np.float32(config.embedding_scale)  # (T, hidden)
-    if config.rope is None:
-        x = x + tensors["positions.weight"][positions]
+    x = embedded(config, tensors, ids, positions)
     for i in range(config.num_hidden_layers):
-        at = f"layers.{i}."
-        y = attention(config, tensors, i, normed(config, tensors, at + "attn_norm", x), positions, cache)
-        if config.post_norms:
-            y = normed(config, tensors, at + "attn_post_norm", y)
-        x = x + y
-        y = ffn(config, tensors, i, normed(config, tensors, at + "ffn_norm", x))
-        if config.post_norms:
-            y = normed(config, tensors, at + "ffn_post_norm", y)
-        x = x + y
+        x = block(config, tensors, i, x, positions, cache).out
     x = normed(config, tensors, "final_norm", x)
     return x @ tensors["embed.weight" if config.tie_word_embeddings else "head.weight"].T
+
+
+def embedded(config: ModelConfig, tensors: Tensors, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """What the first layer gets, `(T, hidden)`."""
+    x = tensors["embed.weight"][ids].astype(np.float32) * np.float32(config.embedding_scale)
+    return x if config.rope is not None else x + tensors["positions.weight"][positions]
+
+
+class Block(NamedTuple):
+    """All that one layer computes for T tokens."""
+
+    attn_in: np.ndarray  # (T, hidden) normed input of q, k and v
+    joined: np.ndarray  # (T, n_heads * head_dim) the heads side by side, input of o
+    residual: np.ndarray  # (T, hidden) after attention
+    ffn_in: np.ndarray  # (T, hidden) normed input of gate and up
+    gate: np.ndarray  # (T, intermediate) act(gate x)
+    up: np.ndarray | None  # (T, intermediate) what gate is multiplied with, None if there is no up matrix
+    fired: np.ndarray  # (T, intermediate) input of down
+    out: np.ndarray  # (T, hidden) input of the next layer
+
+
+def block(
+    config: ModelConfig, tensors: Tensors, layer: int, x: np.ndarray, positions: np.ndarray, cache: ReferenceCache
+) -> Block:
+    """One layer: attention and FFN, each on the normed residual stream and added to it."""
+    at = f"layers.{layer}."
+    attn_in = normed(config, tensors, at + "attn_norm", x)
+    joined = attention(config, tensors, layer, attn_in, positions, cache)
+    y = linear(tensors, at + "o", joined)
+    if config.post_norms:
+        y = normed(config, tensors, at + "attn_post_norm", y)
+    residual = x + y
+    ffn_in = normed(config, tensors, at + "ffn_norm", residual)
+    gate, up = neurons(config, tensors, layer, ffn_in)
+    fired = gate if up is None else gate * up
+    y = linear(tensors, at + "down", fired)
+    if config.post_norms:
+        y = normed(config, tensors, at + "ffn_post_norm", y)
+    return Block(attn_in, joined, residual, ffn_in, gate, up, fired, residual + y)
 
 
 def attention(
@@ -74,7 +104,7 @@ def attention(
     positions: np.ndarray,
     cache: ReferenceCache,
 ) -> np.ndarray:
-    """Causal grouped-query attention of the new positions to all positions so far, `(T, hidden)`."""
+    """Causal grouped-query attention of the new positions to all positions so far, `(T, n_heads * head_dim)`."""
     at, T, head_dim = f"layers.{layer}.", len(x), config.head_dim
     q = linear(tensors, at + "q", x).reshape(T, config.num_attention_heads, head_dim)
     k = linear(tensors, at + "k", x).reshape(T, config.num_key_value_heads, head_dim)
@@ -96,17 +126,20 @@ def attention(
         visible &= back < window
     weights = softmax(np.where(visible, scores, np.float32(-np.inf)))
     heads = np.matmul(weights, v.transpose(1, 0, 2))  # (n_heads, T, head_dim)
-    return linear(tensors, at + "o", heads.transpose(1, 0, 2).reshape(T, -1))
+    return heads.transpose(1, 0, 2).reshape(T, -1)
 
 
-def ffn(config: ModelConfig, tensors: Tensors, layer: int, x: np.ndarray) -> np.ndarray:
-    """The feed-forward block, `(T, hidden)`: neuron i is row i of gate and up and column i of down."""
+def neurons(config: ModelConfig, tensors: Tensors, layer: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """The two factors of what each neuron fires with, `(T, intermediate)`; the second only where there is an up matrix.
+
+    Neuron i is row i of gate and up and column i of down.
+    """
     at = f"layers.{layer}."
-    h = activate(config, linear(tensors, at + "gate", x))  # (T, intermediate)
-    if config.gated:
-        up = linear(tensors, at + "up", x)
-        h = h * (activate(config, up) if config.act_on_up else up)
-    return linear(tensors, at + "down", h)
+    gate = activate(config, linear(tensors, at + "gate", x))
+    if not config.gated:
+        return gate, None
+    up = linear(tensors, at + "up", x)
+    return gate, activate(config, up) if config.act_on_up else up
 
 
 def activate(config: ModelConfig, x: np.ndarray) -> np.ndarray:

@@ -49,3 +49,34 @@ def test_bad_input(model, text, tmp_path):
     run("eval", model, tmp_path / "latin").failed(2, "latin", "UTF-8")
     (tmp_path / "empty").write_bytes(b"")
     run("eval", model, tmp_path / "empty", "--window", 50).failed(2, "0 tokens")
+
+
+def test_decoding_differs_from_reading_at_once_by_its_rounding(model, text):
+    at_once, decoded = (
+        json.loads(run("eval", model, text, "--window", 50, "--json", *o).out) for o in ((), ["--decode"])
+    )
+    assert (at_once["decoded"], decoded["decoded"]) == (False, True)
+    assert decoded["nll"] != at_once["nll"]
+    assert decoded["nll"] == pytest.approx(at_once["nll"], rel=0.02)
+
+
+def test_against_dense(tiny_path, text):
+    """Neurons that a ReLU makes zero change nothing when they are left out."""
+    relu = tiny_path("llama-relu")
+    data = json.loads(run("eval", relu, text, "--window", 50, "--tokens", 120, "--against", "dense", "--json").out)
+    assert data["ppl"] == pytest.approx(data["dense_ppl"], rel=1e-4)
+    assert data["growth"] == pytest.approx(0, abs=1e-4)
+    assert data["kl"] == pytest.approx(0, abs=1e-5)
+    assert data["agreement"] > 0.95
+    decoded = json.loads(run("eval", relu, text, "--window", 50, "--tokens", 120, "--decode", "--json").out)
+    assert data["ppl"] == pytest.approx(decoded["ppl"])
+    assert data["tokens"] == decoded["tokens"]
+    said = run("eval", relu, text, "--window", 50, "--tokens", 40, "--against", "dense").out
+    assert "dense" in said
+    assert "KL" in said
+    assert "±" not in said  # one window tells no spread
+
+
+def test_against_itself_or_the_unknown(model, text):
+    run("eval", model, text, "--window", 50, "--dense", "--against", "dense").failed(2, "compares it with itself")
+    run("eval", model, text, "--window", 50, "--against", "sparse").failed(2, "--against", "sparse")

@@ -8,14 +8,9 @@ import numpy as np
 import pytest
 
 from fewfire.evaluate import perplexity
+from fewfire.windows import cut_tokens
 from perf.peers import Fewfire, Request
-from perf.quality import excess, losses, windows
-
-
-def test_windows_do_not_overlap_and_leave_nothing_to_score_out():
-    assert windows(range(7), 3) == [[0, 1, 2], [3, 4, 5]]
-    assert windows(range(5), 3, bos=9) == [[9, 0, 1], [9, 2, 3], [9, 4]]
-    assert windows([], 3, bos=9) == []
+from perf.quality import excess, losses
 
 
 def test_excess_of_the_same_losses_is_nothing():
@@ -35,6 +30,6 @@ def test_the_engine_gets_the_same_perplexity_as_from_fewfire_eval(tiny_path):
     text = "a few words to be scored, and some more"
     ids = contender.model.tokenizer.encode(text)
     assert not contender.model.config.add_bos_token
-    cut = windows(ids, 16)
+    cut = cut_tokens(ids, 16)
     nll = losses(contender, cut).sum() / sum(len(window) - 1 for window in cut)
     assert nll == pytest.approx(perplexity(contender.model, text, window=16).nll, rel=1e-5)

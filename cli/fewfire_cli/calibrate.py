@@ -1,0 +1,92 @@
+"""`fewfire calibrate`: chooses what a model leaves out, from sample text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fewfire_cli import options
+from fewfire_cli.human import size
+from fewfire_cli.progress import ProgressBar
+from fewfire_cli.text import read_text
+
+if TYPE_CHECKING:
+    from fewfire.selectors.store import About
+
+
+def _share(_: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """`0.5` or `50%`."""
+    if value is None:
+        return None
+    number, percent = value.strip().removesuffix("%"), value.strip().endswith("%")
+    try:
+        return float(number) / (100 if percent else 1)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a share like 0.5 nor one like 50%", param=param) from None
+
+
+def _budget(context: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """`1%`, and not `1`, which might mean either."""
+    if value is not None and not value.strip().endswith("%"):
+        raise click.BadParameter(f"{value!r} has no percent sign: write it like 1%", param=param)
+    return _share(context, param, value)
+
+
+@click.command()
+@click.argument("model", default=options.DEFAULT_MODEL)
+@options.weights_option
+@click.option("--threads", type=int, help="Threads to compute with.  [default: one per core]")
+@click.option("--method", help="What decides: gate, down, ..., or several joined with +.  [default: the fastest]")
+@click.option("--density", callback=_share, help="Share to read of the rows that the method may leave out, like 0.5.")
+@click.option("--budget", callback=_budget, help="Growth of perplexity to allow, like 1%.")
+@click.option("--text", type=click.Path(path_type=Path), help="Sample text.  [default: what smollm2 says by itself]")
+@click.option("--json", "as_json", is_flag=True, help="The result as a JSON object.")
+def calibrate(
+    model: str,
+    weights: str,
+    threads: int | None,
+    method: str | None,
+    density: float | None,
+    budget: float | None,
+    text: Path | None,
+    as_json: bool,
+) -> None:
+    """Chooses which weights MODEL leaves out, so that a token reads fewer of them.
+
+    Either --density says how much is read, with a --method, or --budget how much worse the predictions may get; then
+    the fastest of all methods is taken unless one is named. The result is kept with the packed model and used from
+    then on by every command; --dense does without it. If it is interrupted, the same command goes on where it stopped.
+
+    \b
+    Example:
+      fewfire calibrate smollm2 --budget 1%
+      fewfire calibrate smollm2 --method gate --density 0.5 --text book.txt
+    """
+    from fewfire.calibrate import calibrate, check
+
+    check(method, density, budget)
+    content = read_text(text) if text else None
+    loaded = options.load(model, weights, threads, None, dense=True)
+    with ProgressBar() as progress:
+        result = calibrate(loaded, method=method, density=density, budget=budget, text=content, progress=progress)
+    if as_json:
+        click.echo(json.dumps(asdict(result)))
+        return
+    for line in lines(result):
+        click.echo(line)
+
+
+def lines(about: About) -> list[str]:
+    """What a calibration is and costs, for people."""
+    kept = ", ".join(f"{kind} {sum(each) / len(each):.2f}" for kind, each in about.densities.items())
+    return [
+        f"method {about.method}, density {about.density:.2f} ({kept})",
+        f"perplexity {about.growth:+.2%} ± {about.growth_error:.2%}, KL to dense {about.kl:.4f} nats,"
+        f" same likeliest token {about.agreement:.1%}, over {about.tokens} tokens",
+        f"{size(about.bytes_per_token)} of weights a token instead of {size(about.dense_bytes_per_token)},"
+        f" {about.speedup:.2f} times as fast as dense",
+    ]

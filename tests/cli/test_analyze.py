@@ -1,0 +1,81 @@
+import json
+import sys
+
+import pytest
+
+from commandline import run
+from fewfire.analyze import analyze
+from fewfire.pack import pack
+from fewfire.packed import open_packed
+from fewfire.tokenizer import Tokenizer
+from fewfire.windows import windows
+from tiny import PARAGRAPH
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(PARAGRAPH, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def relu(tiny_path, tmp_path_factory):
+    return pack(tiny_path("llama-relu"), tmp_path_factory.mktemp("analyze") / "relu", "q8")
+
+
+def windows_of(path, limit):
+    return windows(Tokenizer.from_file(path / "tokenizer.json"), open_packed(path).config, PARAGRAPH, 160, limit)
+
+
+def test_json_equals_the_library(relu, text):
+    data = json.loads(run("analyze", relu, "--text", text, "--tokens", 120, "--json").out)
+    expected = analyze(open_packed(relu), windows_of(relu, 120))
+    assert data == json.loads(json.dumps(expected.to_dict()))
+    assert (data["tokens"], data["weights"], data["exact"], len(data["layers"])) == (120, "q8", True, 3)
+
+
+def test_table(relu, text):
+    result = run("analyze", relu, "--text", text)
+    lines = result.out.splitlines()
+    assert max(map(len, lines)) <= 100
+    at = next(i for i, line in enumerate(lines) if line.split()[:1] == ["layer"])
+    assert " ".join(lines[at].split()) == "layer zero <1% 50% 90% 99% kept never often t=8 t=32 t=128"
+    zeros = [float(line.split()[1].rstrip("%")) for line in lines[at + 1 : at + 4]]
+    found = analyze(open_packed(relu), windows_of(relu, None))
+    assert zeros == pytest.approx([100 * layer.zeros for layer in found.layers], abs=0.06)
+    assert [line.split()[0] for line in lines[at + 1 :] if line][:4] == ["0", "1", "2", "mean"]
+    assert "active: h is not zero" in lines
+
+
+def test_what_active_means_without_zeros(model, text):
+    out = run("analyze", model, "--text", text, "--tokens", 20).out
+    assert "active: the largest |h| that hold 90%" in out
+    assert "t=8" in out
+    assert "t=32" not in out  # there are no 32 tokens in a row
+
+
+def test_pictures(relu, text, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the `plot` extra")
+    from fewfire.pictures import PICTURES
+
+    result = run("analyze", relu, "--text", text, "--tokens", 60, "--plot", tmp_path / "new" / "all.png")
+    assert (tmp_path / "new" / "all.png").read_bytes().startswith(b"\x89PNG")
+    assert "all.png" in result.err
+    assert run("analyze", relu, "--text", text, "--tokens", 60, "--json", "--plot", tmp_path / "each").code == 0
+    assert {path.name for path in (tmp_path / "each").iterdir()} == {f"{name}.png" for name in PICTURES}
+
+
+def test_without_matplotlib(relu, text, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "fewfire.pictures", raising=False)
+    run("analyze", relu, "--text", text, "--plot", tmp_path / "a.png").failed(1, "pip install 'fewfire[plot]'")
+    assert run("analyze", relu, "--text", text, "--tokens", 20).code == 0
+
+
+def test_bad_input(relu, text, tmp_path):
+    run("analyze", relu, "--text", tmp_path / "none").failed(1, "none: No such file")
+    run("analyze", relu, "--text", text, "--tokens", 1).failed(2, "at least 2")
+    run("analyze", relu, "--text", text, "--plot", tmp_path / "a.jpg").failed(2, "--plot", ".png")
+    (tmp_path / "empty").write_bytes(b"")
+    run("analyze", relu, "--text", tmp_path / "empty").failed(2, "0 tokens")
