@@ -74,12 +74,18 @@ def _table(analysis: Analysis) -> str:
 
     mean = analysis.mean()
     runs = [t for t in _RUNS if t in mean.aggregated]
-    shares = [f"{share:.0%}" for share in SHARES]
-    heads = ["layer", "zero", f"<{SMALL:.0%}", *shares, "kept", "never", "often", *(f"t={t}" for t in runs)]
+    if mean.predictor:
+        runs = runs[::2]  # its columns need the room
+    shares, together = [f"{share:.0%}" for share in SHARES], [f"t={t}" for t in runs]
+    predicted = ["read", "recall", "prec."] if mean.predictor else []
+    heads = ["layer", "zero", f"<{SMALL:.0%}", *shares, "kept", "never", "often", *together, *predicted]
 
     def cells(name: str, layer: LayerSparsity) -> list[str]:
         values = [layer.zeros, layer.small, *layer.energy, layer.kept, layer.never, layer.often]
-        return [name, *(f"{value:.1%}" for value in [*values, *(layer.aggregated[t] for t in runs)])]
+        values += [layer.aggregated[t] for t in runs]
+        if layer.predictor:
+            values += [layer.predictor.density, layer.predictor.recall, layer.predictor.precision]
+        return [name, *(f"{value:.1%}" for value in values)]
 
     rows = [heads, *(cells(str(layer.number), layer) for layer in analysis.layers), cells("mean", mean)]
     lines = ["".join(f"{cell:>7}" for cell in row) for row in rows]
@@ -89,16 +95,18 @@ def _table(analysis: Analysis) -> str:
 def _legend(analysis: Analysis, runs: list[int]) -> list[str]:
     from fewfire.analyze import SHARES, SMALL
 
-    shares = ", ".join(f"{share:.0%}" for share in SHARES)
+    shares, mean = ", ".join(f"{share:.0%}" for share in SHARES), analysis.mean()
+    judged = "read, recall, prec.: neurons that the predictor keeps, and its recall and precision"
     return [
         f"{analysis.model}, {analysis.weights}: {len(analysis.layers)} layers of {analysis.neurons} neurons,"
         f" {analysis.tokens} tokens; h is what a neuron fires with",
         f"zero: h is exactly 0    <{SMALL:.0%}: |h| under {SMALL:.0%} of the token's largest",
         f"{shares}: neurons, largest first, that hold so much of the token's energy (sum of h^2)",
         f"active: {analysis.meaning}",
-        f"kept: of a token's active neurons, those that the token before had too (by chance: {analysis.mean().active:.1%})",
+        f"kept: of a token's active neurons, those the token before had (by chance: {mean.active:.1%})",
         "never, often: active for no token, for half of them"
         + (f"    t={runs[0]} ..: for any of so many in a row" if runs else ""),
+        *([judged] if mean.predictor else []),
     ]
 
 
@@ -109,5 +117,5 @@ def _summary(mean: LayerSparsity) -> list[str]:
     held = ", ".join(f"{share:.0%}: {of:.1%}" for share, of in zip(SHARES, mean.output_energy, strict=True))
     return [
         f"active, by position in the window: {positions}",
-        f"neurons that hold the energy of the output (h^2 times ||down row||^2): {held}",
+        f"the energy of the output, h^2 * ||down row||^2, is held by: {held}",
     ]

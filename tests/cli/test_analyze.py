@@ -57,13 +57,13 @@ def test_what_active_means_without_zeros(model, text):
 
 def test_pictures(relu, text, tmp_path):
     pytest.importorskip("matplotlib", reason="needs the `plot` extra")
-    from fewfire.pictures import PICTURES
-
     result = run("analyze", relu, "--text", text, "--tokens", 60, "--plot", tmp_path / "new" / "all.png")
     assert (tmp_path / "new" / "all.png").read_bytes().startswith(b"\x89PNG")
     assert "all.png" in result.err
     assert run("analyze", relu, "--text", text, "--tokens", 60, "--json", "--plot", tmp_path / "each").code == 0
-    assert {path.name for path in (tmp_path / "each").iterdir()} == {f"{name}.png" for name in PICTURES}
+    assert {path.name for path in (tmp_path / "each").iterdir()} == {
+        f"{name}.png" for name in ("depth", "energy", "magnitudes", "positions", "overlap", "aggregated")
+    }
 
 
 def test_without_matplotlib(relu, text, tmp_path, monkeypatch):
