@@ -41,7 +41,8 @@ def _picture(_: click.Context, param: click.Parameter, value: Path | None) -> Pa
 def analyze(model: str, weights: str, text: Path | None, tokens: int, as_json: bool, plot: Path | None) -> None:
     """Emergent sparsity of MODEL: how few neurons matter to a token, layer by layer.
 
-    Measured on MODEL as it is, with every neuron computed, in the manner of the papers on lazy neurons.
+    Measured with every neuron computed, in the manner of the papers on lazy neurons. If MODEL has been calibrated with
+    a predictor, says how well that predicts.
 
     \b
     Example:
@@ -51,13 +52,14 @@ def analyze(model: str, weights: str, text: Path | None, tokens: int, as_json: b
     if plot:
         from fewfire.pictures import draw  # at once, so that a missing matplotlib is not told after minutes of work
     from fewfire.analyze import analyze as measured
+    from fewfire.selectors import store
     from fewfire.windows import windows
 
     sample = read_text(text) if text else _sample()
     loaded = options.load(model, weights, None, None)
     cut = windows(loaded.tokenizer, loaded.config, sample, min(_WINDOW, loaded.context), tokens)
     with ProgressBar() as progress:
-        analysis = measured(loaded.packed, cut, progress)
+        analysis = measured(loaded.packed, cut, progress, store.load(loaded.packed))
     click.echo(json.dumps(analysis.to_dict(), ensure_ascii=False) if as_json else _table(analysis))
     for path in draw(analysis, plot) if plot else ():
         terminal.note(f"wrote {path}")
