@@ -128,13 +128,9 @@ def firing(weights: RandomWeights, tokens: int) -> tuple[list[float], np.ndarray
     ids = np.random.default_rng(weights.seed).integers(0, c.vocab_size, tokens)
     x, cache, shares = weights["embed.weight"][ids], reference.ReferenceCache(), []
     for layer in range(c.num_hidden_layers):
-        at = f"layers.{layer}."
-        y = reference.normed(c, weights, at + "attn_norm", x)
-        x = x + reference.attention(c, weights, layer, y, np.arange(tokens), cache)
-        y = reference.normed(c, weights, at + "ffn_norm", x)
-        h = reference.activate(c, reference.linear(weights, at + "gate", y))
-        shares.append(float((h > 0).mean()))
-        x = x + reference.linear(weights, at + "down", h * reference.linear(weights, at + "up", y))
+        block = reference.block(c, weights, layer, x, np.arange(tokens), cache)
+        shares.append(float((block.gate > 0).mean()))
+        x = block.out
     x = reference.normed(c, weights, "final_norm", x)
     logits = x @ weights["embed.weight" if c.tie_word_embeddings else "head.weight"].T
     if not np.isfinite(logits).all():

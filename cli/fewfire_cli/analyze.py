@@ -41,7 +41,8 @@ def _picture(_: click.Context, param: click.Parameter, value: Path | None) -> Pa
 def analyze(model: str, weights: str, text: Path | None, tokens: int, as_json: bool, plot: Path | None) -> None:
     """Emergent sparsity of MODEL: how few neurons matter to a token, layer by layer.
 
-    Measured on MODEL as it is, with every neuron computed, in the manner of the papers on lazy neurons.
+    Measured with every neuron computed, in the manner of the papers on lazy neurons. If MODEL has been calibrated with
+    a predictor, says how well that predicts.
 
     \b
     Example:
@@ -51,13 +52,14 @@ def analyze(model: str, weights: str, text: Path | None, tokens: int, as_json: b
     if plot:
         from fewfire.pictures import draw  # at once, so that a missing matplotlib is not told after minutes of work
     from fewfire.analyze import analyze as measured
+    from fewfire.selectors import store
     from fewfire.windows import windows
 
     sample = read_text(text) if text else _sample()
     loaded = options.load(model, weights, None, None)
     cut = windows(loaded.tokenizer, loaded.config, sample, min(_WINDOW, loaded.context), tokens)
     with ProgressBar() as progress:
-        analysis = measured(loaded.packed, cut, progress)
+        analysis = measured(loaded.packed, cut, progress, store.load(loaded.packed))
     click.echo(json.dumps(analysis.to_dict(), ensure_ascii=False) if as_json else _table(analysis))
     for path in draw(analysis, plot) if plot else ():
         terminal.note(f"wrote {path}")
@@ -74,12 +76,18 @@ def _table(analysis: Analysis) -> str:
 
     mean = analysis.mean()
     runs = [t for t in _RUNS if t in mean.aggregated]
-    shares = [f"{share:.0%}" for share in SHARES]
-    heads = ["layer", "zero", f"<{SMALL:.0%}", *shares, "kept", "never", "often", *(f"t={t}" for t in runs)]
+    if mean.predictor:
+        runs = runs[::2]  # its columns need the room
+    shares, together = [f"{share:.0%}" for share in SHARES], [f"t={t}" for t in runs]
+    predicted = ["read", "recall", "prec."] if mean.predictor else []
+    heads = ["layer", "zero", f"<{SMALL:.0%}", *shares, "kept", "never", "often", *together, *predicted]
 
     def cells(name: str, layer: LayerSparsity) -> list[str]:
         values = [layer.zeros, layer.small, *layer.energy, layer.kept, layer.never, layer.often]
-        return [name, *(f"{value:.1%}" for value in [*values, *(layer.aggregated[t] for t in runs)])]
+        values += [layer.aggregated[t] for t in runs]
+        if layer.predictor:
+            values += [layer.predictor.density, layer.predictor.recall, layer.predictor.precision]
+        return [name, *(f"{value:.1%}" for value in values)]
 
     rows = [heads, *(cells(str(layer.number), layer) for layer in analysis.layers), cells("mean", mean)]
     lines = ["".join(f"{cell:>7}" for cell in row) for row in rows]
@@ -89,16 +97,18 @@ def _table(analysis: Analysis) -> str:
 def _legend(analysis: Analysis, runs: list[int]) -> list[str]:
     from fewfire.analyze import SHARES, SMALL
 
-    shares = ", ".join(f"{share:.0%}" for share in SHARES)
+    shares, mean = ", ".join(f"{share:.0%}" for share in SHARES), analysis.mean()
+    judged = "read, recall, prec.: neurons that the predictor keeps, and its recall and precision"
     return [
         f"{analysis.model}, {analysis.weights}: {len(analysis.layers)} layers of {analysis.neurons} neurons,"
         f" {analysis.tokens} tokens; h is what a neuron fires with",
         f"zero: h is exactly 0    <{SMALL:.0%}: |h| under {SMALL:.0%} of the token's largest",
         f"{shares}: neurons, largest first, that hold so much of the token's energy (sum of h^2)",
         f"active: {analysis.meaning}",
-        f"kept: of a token's active neurons, those that the token before had too (by chance: {analysis.mean().active:.1%})",
+        f"kept: of a token's active neurons, those the token before had (by chance: {mean.active:.1%})",
         "never, often: active for no token, for half of them"
         + (f"    t={runs[0]} ..: for any of so many in a row" if runs else ""),
+        *([judged] if mean.predictor else []),
     ]
 
 
@@ -109,5 +119,5 @@ def _summary(mean: LayerSparsity) -> list[str]:
     held = ", ".join(f"{share:.0%}: {of:.1%}" for share, of in zip(SHARES, mean.output_energy, strict=True))
     return [
         f"active, by position in the window: {positions}",
-        f"neurons that hold the energy of the output (h^2 times ||down row||^2): {held}",
+        f"the energy of the output, h^2 * ||down row||^2, is held by: {held}",
     ]

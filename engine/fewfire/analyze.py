@@ -1,4 +1,4 @@
-"""Emergent sparsity: how few of a model's neurons matter to a token, layer by layer, as it is without any selector.
+"""Emergent sparsity: how few of a model's neurons matter to a token, layer by layer, and how well they are predicted.
 
 In the manner of The Lazy Neuron Phenomenon (2210.06313: how many activations are zero, by depth and by token) and of
 ReLU Strikes Back (2310.04564: how many neurons several tokens in a row use together). Their models have a ReLU, and
@@ -20,6 +20,8 @@ from fewfire.config import EXACT_ZEROS
 from fewfire.observe import Layer, Observation
 from fewfire.packed import Packed
 from fewfire.progress import Progress, silent
+from fewfire.selectors.predicted import predicted
+from fewfire.selectors.selection import Selection
 
 SHARES = (0.5, 0.9, 0.99)  # of a token's energy
 ACTIVE = 0.9  # the share that makes neurons active where none is exactly zero
@@ -45,6 +47,7 @@ class LayerSparsity:
     jaccard: float  # active for two tokens in a row, of those active for either
     aggregated: dict[int, float]  # active for any of t tokens in a row, by t
     by_position: dict[str, float]  # active, by the token's position in its window
+    predictor: sparsity.Quality | None  # of the selection's predictor, None where there is none
     energy_curve: tuple[float, ...]  # share of the energy that the best 0 %, 1 %, ... 100 % of the neurons hold
     magnitudes: tuple[float, ...]  # share of activations in each bin of `MAGNITUDES`
 
@@ -82,16 +85,26 @@ class Analysis:
         return asdict(self) | {"active_means": self.meaning, "axes": axes, "mean": mean}
 
 
-def analyze(packed: Packed, windows: Sequence[Sequence[int]], progress: Progress = silent) -> Analysis:
-    """Measures every layer over windows of tokens, each read from an empty cache.
+def analyze(
+    packed: Packed,
+    windows: Sequence[Sequence[int]],
+    progress: Progress = silent,
+    selection: Selection | None = None,
+) -> Analysis:
+    """Measures every layer over windows of tokens, each read from an empty cache, with every neuron computed.
 
-    Raises `ValueError` for windows that an `Observation` refuses, or if none has two tokens.
+    If the selection has a predictor, it is judged by the neurons that the selection's thresholds would keep after an
+    exact computation, or by the active ones if it has no thresholds. Raises `ValueError` for windows that an
+    `Observation` refuses, or if none has two tokens.
     """
     lengths = [len(window) for window in windows]
     if max(lengths, default=0) < 2:
         raise ValueError("there is nothing to compare: a window needs two tokens")
     exact = packed.config.hidden_act in EXACT_ZEROS
-    layers = tuple(measure(layer, lengths, exact) for layer in Observation(packed, windows, progress))
+    layers = tuple(
+        measure(layer, lengths, exact, *_judged(packed, selection, layer))
+        for layer in Observation(packed, windows, progress)
+    )
     return Analysis(
         model=packed.name,
         weights=packed.weights,
@@ -103,14 +116,25 @@ def analyze(packed: Packed, windows: Sequence[Sequence[int]], progress: Progress
     )
 
 
-def measure(layer: Layer, lengths: Sequence[int], exact: bool) -> LayerSparsity:
-    """One layer's figures; `lengths` are the windows', `exact` says that active means not zero."""
+def measure(
+    layer: Layer,
+    lengths: Sequence[int],
+    exact: bool,
+    predicted: np.ndarray | None = None,
+    wanted: np.ndarray | None = None,
+) -> LayerSparsity:
+    """One layer's figures; `lengths` are the windows', `exact` says that active means not zero.
+
+    predicted, wanted: what a predictor keeps and what it should keep, masks `(T, neurons)`; it should keep the active
+    neurons if nothing else is said.
+    """
     fired = layer.fired
     energy = fired * fired
     ranks = sparsity.Ranks(energy)
     down = layer.tensors["down.weight"]  # (hidden, neurons)
     output = sparsity.Ranks(energy * (down * down).sum(axis=0))
     active = fired != 0 if exact else ranks.holding(ACTIVE)
+    wanted = active if wanted is None else wanted
     frequency, overlap = active.mean(axis=0), sparsity.overlap(active, lengths)
     return LayerSparsity(
         number=layer.number,
@@ -126,9 +150,19 @@ def measure(layer: Layer, lengths: Sequence[int], exact: bool) -> LayerSparsity:
         jaccard=overlap.jaccard,
         aggregated=sparsity.aggregated(active, lengths),
         by_position=sparsity.by_position(active, lengths),
+        predictor=None if predicted is None else sparsity.predictor_quality(wanted, predicted),
         energy_curve=tuple(ranks.curve(POINTS).tolist()),
         magnitudes=tuple(sparsity.magnitudes(fired, MAGNITUDES).tolist()),
     )
+
+
+def _judged(packed: Packed, selection: Selection | None, layer: Layer) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """What the selection's predictor keeps, and what its thresholds keep of all neurons; None for what it has not."""
+    if selection is None or selection.predictor is None:
+        return None, None
+    limits = [(selection.gate, layer.gate), (selection.down, layer.fired)]
+    kept = [np.abs(values) > limit[layer.number] for limit, values in limits if limit is not None]
+    return predicted(selection.predictor, packed.formats, layer), np.logical_and.reduce(kept) if kept else None
 
 
 def _mean(values: list[Any]) -> Any:
@@ -137,5 +171,6 @@ def _mean(values: list[Any]) -> Any:
     if isinstance(first, dict):
         return {key: _mean([value[key] for value in values]) for key in first}
     if isinstance(first, tuple):
-        return tuple(_mean(list(column)) for column in zip(*values, strict=True))
-    return first if isinstance(first, int) else float(np.mean(values))
+        means = [_mean(list(column)) for column in zip(*values, strict=True)]
+        return sparsity.Quality(*means) if isinstance(first, sparsity.Quality) else tuple(means)
+    return first if first is None or isinstance(first, int) else float(np.mean(values))

@@ -37,23 +37,43 @@ def draw(analysis: Analysis, path: Path) -> list[Path]:
 
     Returns what was written. Raises `FewfireError` where matplotlib is missing, as the import of this module does.
     """
+    pictures = _pictures(analysis)
     if path.suffix.lower() == ".png":
         path.parent.mkdir(parents=True, exist_ok=True)
-        page = Figure(figsize=(3 * _SIZE[0], 2 * _SIZE[1] + 0.5), dpi=110, layout="constrained")
+        columns = -(-len(pictures) // 2)
+        page = Figure(figsize=(columns * _SIZE[0], 2 * _SIZE[1] + 0.5), dpi=110, layout="constrained")
         page.suptitle(_caption(analysis), fontsize=11)
-        for axes, picture in zip(page.subplots(2, 3).flat, PICTURES.values(), strict=True):
+        panels = list(page.subplots(2, columns).flat)
+        for axes, picture in zip(panels, pictures.values(), strict=False):
             _paint(axes, picture, analysis)
+        for axes in panels[len(pictures) :]:
+            axes.set_axis_off()
         page.savefig(path)
         return [path]
     path.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, picture in PICTURES.items():
+    for name, picture in pictures.items():
         figure = Figure(figsize=_SIZE, dpi=150, layout="constrained")
         _paint(figure.subplots(), picture, analysis)
         figure.supxlabel(_caption(analysis), fontsize=6, color="#666666")
         written.append(path / f"{name}.png")
         figure.savefig(written[-1])
     return written
+
+
+def _pictures(analysis: Analysis) -> dict[str, Callable[[Axes, Analysis], None]]:
+    """All pictures that can be drawn of an analysis, by their files' names."""
+    pictures: dict[str, Callable[[Axes, Analysis], None]] = {
+        "depth": _depth,
+        "energy": _energy,
+        "magnitudes": _magnitudes,
+        "positions": _positions,
+        "overlap": _overlap,
+        "aggregated": _aggregated,
+    }
+    if analysis.layers[0].predictor:
+        pictures["predictor"] = _predictor
+    return pictures
 
 
 def _caption(analysis: Analysis) -> str:
@@ -161,14 +181,18 @@ def _aggregated(axes: Axes, analysis: Analysis) -> None:
     _layer_scale(axes, analysis)
 
 
-PICTURES: dict[str, Callable[[Axes, Analysis], None]] = {
-    "depth": _depth,
-    "energy": _energy,
-    "magnitudes": _magnitudes,
-    "positions": _positions,
-    "overlap": _overlap,
-    "aggregated": _aggregated,
-}
+def _predictor(axes: Axes, analysis: Analysis) -> None:
+    """How well the predictor guesses, and how much it reads, layer by layer."""
+    numbers = [layer.number for layer in analysis.layers]
+    for color, name in zip(_COLORS, ("recall", "precision", "density"), strict=False):
+        label = "read" if name == "density" else name
+        axes.plot(
+            numbers, [getattr(layer.predictor, name) for layer in analysis.layers], ".-", color=color, label=label
+        )
+    _percent(axes, y="share of the neurons", top=1.12)
+    _layer_axis(axes)
+    axes.set_title("How well they are predicted")
+    axes.legend(fontsize=7.5, frameon=False, loc="upper left", ncols=3)
 
 
 def _norm(analysis: Analysis) -> Normalize:

@@ -1,12 +1,14 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from commandline import run
 from fewfire.analyze import analyze
 from fewfire.pack import pack
 from fewfire.packed import open_packed
+from fewfire.selectors import Predictor, Selection, store
 from fewfire.tokenizer import Tokenizer
 from fewfire.windows import windows
 from tiny import PARAGRAPH
@@ -48,6 +50,31 @@ def test_table(relu, text):
     assert "active: h is not zero" in lines
 
 
+def test_a_calibrated_predictor_is_judged(tiny_path, text, tmp_path):
+    path = pack(tiny_path("llama-relu"), tmp_path / "calibrated", "q8")
+    packed = open_packed(path)
+    layers, neurons = packed.config.num_hidden_layers, packed.config.intermediate_size
+    members = np.tile(np.arange(neurons, dtype=np.int32), (layers, 1))
+    predictor = Predictor(packed.arrays["gate"], np.full((layers, neurons), -0.5, np.float32), members)
+    numbers = dict.fromkeys(("density", "growth", "growth_error", "kl", "agreement", "speedup"), 1.0)
+    sizes = dict.fromkeys(("tokens", "bytes_per_token", "dense_bytes_per_token"), 1)
+    about = store.About(method="lowrank", densities={}, settings={}, sample="none", **numbers, **sizes)
+    store.save(packed, Selection("lowrank", predictor=predictor), about)
+    lines = run("analyze", path, "--text", text).out.splitlines()
+    assert max(map(len, lines)) <= 100
+    read, recall, precision = (float(cell.rstrip("%")) for cell in lines[-4].split()[-3:])
+    assert 5 < read < 45
+    assert 20 < recall < 90
+    assert precision == 100
+    data = json.loads(run("analyze", path, "--text", text, "--json").out)
+    assert [100 * part for part in data["mean"]["predictor"]] == pytest.approx([recall, precision, read], abs=0.06)
+
+
+def test_what_it_reads_without_a_text(relu):
+    data = json.loads(run("analyze", relu, "--tokens", 50, "--json").out)
+    assert data["tokens"] == 50
+
+
 def test_what_active_means_without_zeros(model, text):
     out = run("analyze", model, "--text", text, "--tokens", 20).out
     assert "active: the largest |h| that hold 90%" in out
@@ -57,13 +84,13 @@ def test_what_active_means_without_zeros(model, text):
 
 def test_pictures(relu, text, tmp_path):
     pytest.importorskip("matplotlib", reason="needs the `plot` extra")
-    from fewfire.pictures import PICTURES
-
     result = run("analyze", relu, "--text", text, "--tokens", 60, "--plot", tmp_path / "new" / "all.png")
     assert (tmp_path / "new" / "all.png").read_bytes().startswith(b"\x89PNG")
     assert "all.png" in result.err
     assert run("analyze", relu, "--text", text, "--tokens", 60, "--json", "--plot", tmp_path / "each").code == 0
-    assert {path.name for path in (tmp_path / "each").iterdir()} == {f"{name}.png" for name in PICTURES}
+    assert {path.name for path in (tmp_path / "each").iterdir()} == {
+        f"{name}.png" for name in ("depth", "energy", "magnitudes", "positions", "overlap", "aggregated")
+    }
 
 
 def test_without_matplotlib(relu, text, tmp_path, monkeypatch):

@@ -7,8 +7,11 @@ import pytest
 
 import fewfire
 from fewfire.analyze import MAGNITUDES, Analysis, analyze, measure
-from fewfire.observe import Layer
-from fewfire.packed import open_packed
+from fewfire.observe import Layer, Observation
+from fewfire.packed import Packed, open_packed
+from fewfire.quantize import encode
+from fewfire.selectors import Predictor, Selection
+from fewfire.selectors.predicted import predicted
 from tiny import FAMILIES, prompt
 
 WINDOWS = [prompt(40), prompt(9, seed=1)]
@@ -103,6 +106,58 @@ def test_json(packed_path):
     assert data["axes"]["shares_of_energy"] == [0.5, 0.9, 0.99]
     assert data["mean"]["active"] == pytest.approx(np.mean([row["active"] for row in data["layers"]]))
     assert "90%" in analyze(open_packed(packed_path("llama", "q4")), WINDOWS).meaning
+
+
+def everything(packed: Packed, **bias: float) -> Predictor:
+    """A predictor that knows the gate rows themselves, a group for each neuron, in another order."""
+    c = packed.config
+    order = np.stack([np.random.default_rng(i).permutation(c.intermediate_size) for i in range(c.num_hidden_layers)])
+    rows = np.stack([packed.arrays["gate"][i][order[i]] for i in range(c.num_hidden_layers)])
+    return Predictor(rows, np.full(order.shape, bias.get("bias", 0.0), np.float32), order.astype(np.int32))
+
+
+@pytest.mark.parametrize("weights", ["f32", "q8"])
+def test_a_predictor_that_knows_everything(weights, packed_path):
+    packed = open_packed(packed_path("llama-relu", weights))
+    for row in analyze(packed, WINDOWS, selection=Selection("lowrank", predictor=everything(packed))).layers:
+        assert row.predictor == pytest.approx((1, 1, row.active), abs=2e-3)
+    doubting = Selection("lowrank", predictor=everything(packed, bias=-0.5))
+    for row in analyze(packed, WINDOWS, selection=doubting).layers:
+        assert row.predictor.precision == 1
+        assert 0.2 < row.predictor.recall < 0.9
+        assert row.predictor.density == pytest.approx(row.predictor.recall * row.active)
+    always = analyze(packed, WINDOWS, selection=Selection("lowrank", predictor=everything(packed, bias=np.inf)))
+    assert always.mean().predictor == pytest.approx((1, always.mean().active, 1))
+
+
+def test_a_predictor_is_judged_by_the_thresholds_that_follow_it(packed_path):
+    packed = open_packed(packed_path("llama-relu", "f32"))
+    limits = np.full((3, 96), 0.5, np.float32)
+    chosen = Selection("lowrank + gate", gate=limits, predictor=everything(packed, bias=-0.5))
+    for row in analyze(packed, WINDOWS, selection=chosen).layers:
+        assert row.predictor == pytest.approx((1, 1, row.predictor.density), abs=2e-3)
+    chosen = Selection("lowrank + down", down=limits, predictor=everything(packed))
+    for row in analyze(packed, WINDOWS, selection=chosen).layers:
+        assert row.predictor.recall == pytest.approx(1)
+        assert row.predictor.precision < 0.6
+    assert analyze(packed, WINDOWS, selection=Selection("gate", gate=limits)).layers[0].predictor is None
+
+
+def test_groups_and_a_basis(packed_path):
+    """Two groups of unequal size that look at one direction of the attention's input."""
+    packed = open_packed(packed_path("llama-relu", "f32"))
+    direction = np.random.default_rng(0).standard_normal((3, 1, 64)).astype(np.float32)
+    basis = np.stack([encode(each, "f32", "dot") for each in direction])
+    ones = np.array([[1.0], [-1.0]], np.float32)
+    rows = np.stack([encode(ones, "f32", "dot")] * 3)
+    members = np.tile(np.arange(96, dtype=np.int32)[::-1], (3, 1))
+    predictor = Predictor(rows, np.zeros((3, 2), np.float32), members, basis, early=True)
+    for layer in Observation(packed, WINDOWS):
+        first = layer.attn_in @ direction[layer.number, 0] > 0
+        mask = predicted(predictor, packed.formats, layer)
+        assert mask.shape == (49, 96)
+        np.testing.assert_array_equal(mask[:, 48:], np.repeat(first[:, None], 48, axis=1))
+        np.testing.assert_array_equal(mask[:, :48], np.repeat(~first[:, None], 48, axis=1))
 
 
 def test_needs_two_tokens_in_a_row(packed_path):

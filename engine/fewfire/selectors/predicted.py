@@ -1,0 +1,26 @@
+"""Which neurons a `Predictor` keeps, in NumPy: its recall and precision are taken from this."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fewfire.observe import Layer
+from fewfire.packed import Formats
+from fewfire.quantize import decode
+from fewfire.selectors.selection import Predictor
+
+
+def predicted(predictor: Predictor, formats: Formats, layer: Layer) -> np.ndarray:
+    """A mask of the neurons that are kept for each token, `(T, neurons)`.
+
+    With the stored weights of the predictor, but without the engine's rounding of what they meet.
+    """
+    z, number = layer.attn_in if predictor.early else layer.ffn_in, layer.number
+    if predictor.basis is not None:
+        z = z @ decode(predictor.basis[number], formats.rows, "dot", z.shape[1]).T  # (T, rank)
+    scores = z @ decode(predictor.rows[number], formats.rows, "dot", z.shape[1]).T + predictor.bias[number]
+    members = predictor.members[number]
+    size = -(-len(members) // scores.shape[1])  # of a group
+    mask = np.empty((len(z), len(members)), bool)
+    mask[:, members] = np.repeat(scores > 0, size, axis=1)[:, : len(members)]
+    return mask
