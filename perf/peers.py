@@ -161,9 +161,9 @@ class Fewfire(Stepwise):
     def bytes_per_token(self, positions: int) -> int:
         c, arrays = self.model.config, self.model.packed.arrays
         tables = {"positions"} if c.tie_word_embeddings else {"positions", "embed"}  # a token reads one row of each
-        weights = sum(a.nbytes for name, a in arrays.items() if name not in tables)
-        weights -= round((1 - self.neurons_read()) * arrays["updown"].nbytes)
-        return weights + self.cached_bytes(positions)
+        counted = {"qkv", "o", "gate", "updown", "head", "embed"}
+        rest = sum(a.nbytes for name, a in arrays.items() if name not in counted | tables)
+        return self.model.engine.bytes_read() + rest + self.cached_bytes(positions)
 
     def cached_bytes(self, positions: float) -> int:
         """The keys and values that a token reads after so many positions."""
@@ -171,10 +171,11 @@ class Fewfire(Stepwise):
         seen = sum(min(positions, c.window(layer) or positions) for layer in range(c.num_hidden_layers))
         return int(seen * 2 * c.num_key_value_heads * c.head_dim * item)
 
-    def neurons_read(self) -> float:
-        """The share of neurons whose up and down rows the last token read."""
-        c = self.model.config
-        return float(self.model.engine.neurons_read().sum() / (c.num_hidden_layers * c.intermediate_size))
+    def neurons_read(self) -> tuple[float, float]:
+        """The shares of neurons whose up row the last token read, and whose down row it did."""
+        every = self.model.config.num_hidden_layers * self.model.config.intermediate_size
+        up, down = self.model.engine.neurons_read().sum(axis=0) / every
+        return float(up), float(down)
 
 
 def load(name: str, request: Request) -> Contender:

@@ -32,13 +32,13 @@ def bytes_read(deep: DeepFewfire, positions: float) -> dict[str, float]:
     """The bytes that a token must read for each part, after so many positions."""
     model = deep.model
     c, arrays, record = model.config, model.packed.arrays, model.engine._model.record
-    up, share = c.num_hidden_layers * c.intermediate_size * int(record["down"][0]), deep.engine.neurons_read()
+    up, shares = c.num_hidden_layers * c.intermediate_size * int(record["down"][0]), deep.engine.neurons_read()
     return {
         "qkv": arrays["qkv"].nbytes,
         "o": arrays["o"].nbytes,
         "gate": arrays["gate"].nbytes,
-        "up": share * up,
-        "down": share * (arrays["updown"].nbytes - up),
+        "up": shares[0] * up,
+        "down": shares[1] * (arrays["updown"].nbytes - up),
         "attention": deep.engine.cached_bytes(positions),
         "head": arrays.get("head", arrays["embed"]).nbytes,
     }

@@ -56,7 +56,7 @@ def analyze(model: str, weights: str, text: Path | None, tokens: int, as_json: b
     from fewfire.windows import windows
 
     sample = read_text(text) if text else _sample()
-    loaded = options.load(model, weights, None, None)
+    loaded = options.load(model, weights, None, None, dense=True)
     cut = windows(loaded.tokenizer, loaded.config, sample, min(_WINDOW, loaded.context), tokens)
     with ProgressBar() as progress:
         analysis = measured(loaded.packed, cut, progress, store.load(loaded.packed))

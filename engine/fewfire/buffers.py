@@ -125,7 +125,7 @@ class Workspace(Buffers):
         )
         self.point("ids", aligned((threads, longest), np.int32))
         self.point("block", aligned((threads, 4 * BLOCK), np.int32))
-        self.read = np.zeros((c.num_hidden_layers, NEURON_CHUNKS), np.int64)
+        self.read = np.zeros((c.num_hidden_layers, NEURON_CHUNKS, 2), np.int64)
         self.read[:, 0] = c.intermediate_size  # before the first token
         self.point("read", self.read)
 

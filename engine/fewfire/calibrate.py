@@ -158,7 +158,7 @@ class _Calibration:
         """Weight bytes of a dense token."""
         self.model.engine.select(None, dense=True)
         self.model.session().feed(self.held[0][:1])
-        return self.model.engine.read()
+        return self.model.engine.bytes_read()
 
     def _dense(self, name: str, cut: list[list[int]]) -> Dense:
         """What the dense model says about windows."""

@@ -71,7 +71,7 @@ def observe_dense(model: Model, windows: Windows, progress: Progress = silent, s
         tokens.append(best)
         log_p.append(logits[best] - shift)
         targets.append(logits[target] - shift)
-        read += model.engine.read()
+        read += model.engine.bytes_read()
     return Dense(np.stack(tokens), np.stack(log_p), np.array(targets, np.float32), np.array(read / len(targets)))
 
 
@@ -90,7 +90,7 @@ def measure(
         kl[i] = p @ (kept - found) + rest_p * math.log(rest_p / rest_q)
         grown[i] = dense.target[i] - (logits[target] - shift)
         agree[i] = logits.argmax() == dense.tokens[i, 0]
-        read += model.engine.read()
+        read += model.engine.bytes_read()
     return Damage(grown, kl, agree, read / count)
 
 

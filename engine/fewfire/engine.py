@@ -22,6 +22,7 @@ from fewfire.kernels.prefill import prefill
 from fewfire.packed import Formats, Packed
 from fewfire.progress import Progress, silent
 from fewfire.quantize import padded
+from fewfire.selectors.selection import Selection
 from fewfire.team import Team
 
 BATCH = 256  # tokens of a prompt that go through the layers together
@@ -51,7 +52,14 @@ class KVCache(Buffers):
 class Engine:
     """Runs a packed model's forward pass."""
 
-    def __init__(self, packed: Packed, threads: int, progress: Progress = silent, dense: bool = False) -> None:
+    def __init__(
+        self,
+        packed: Packed,
+        threads: int,
+        progress: Progress = silent,
+        dense: bool = False,
+        selection: Selection | None = None,
+    ) -> None:
         self.config = packed.config
         self._team = Team(threads)
         self._lock = threading.Lock()
@@ -62,8 +70,8 @@ class Engine:
         self._primitives = _primitives(packed.formats, self._cache_format, group % attention.QUERIES)
         _compile([*self._primitives.values(), decode, prefill], progress)
         self._model = _model(packed, self._primitives, self._cell)
-        self._layers = _layers(packed, dense)
         self._packed = packed  # owns the mapped weights
+        self._layers = _layers(packed, selection, dense)
         self._work = Workspace(packed.config, threads, 0)
         self._batch = Batch(packed.config, threads, TOKENS)
 
@@ -72,12 +80,30 @@ class Engine:
         """Threads that a forward pass runs on."""
         return self._team.threads
 
-    def neurons_read(self) -> np.ndarray:
-        """How many neurons' up and down rows each layer read for the last decoded token, `(layers,)` int64.
+    def select(self, selection: Selection | None, dense: bool = False) -> None:
+        """What decoding leaves out from now on. Without a selection, what a ReLU makes zero, unless it is to be dense.
 
-        All of them before the first.
+        Raises `ValueError` for a selection that does not fit the model, or has parts that decoding cannot use.
+        """
+        layers = _layers(self._packed, selection, dense)
+        with self._lock:
+            self._layers = layers
+
+    def neurons_read(self) -> np.ndarray:
+        """How many neurons' up rows (none, if the model has no up), and how many down rows, the last token read.
+
+        `(layers, 2)` int64, counted by the kernels: of a model without up, the first counts neurons that passed the
+        gate. All of them before the first decoded token.
         """
         return self._work.read.sum(axis=1)
+
+    def bytes_read(self) -> int:
+        """Bytes of weights that the last decoded token read; all of them before the first."""
+        arrays, up = self._packed.arrays, int(self._model.record["down"][0])
+        fired, kept = (int(n) for n in self.neurons_read().sum(axis=0))
+        always = sum(arrays[name].nbytes for name in ("qkv", "o", "gate")) + arrays["embed"].shape[2]
+        head = arrays.get("head", arrays["embed"]).nbytes
+        return always + head + up * fired + (arrays["updown"].shape[2] - up) * kept
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache: float16, or float32 for f32 and bf16 weights."""
@@ -197,16 +223,35 @@ def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int) -> Bu
     return model
 
 
-def _layers(packed: Packed, dense: bool) -> Buffers:
-    """One record per layer. Neurons whose activation is exactly zero are left out, unless it is to be dense."""
-    c, arrays = packed.config, packed.arrays
+def _thresholds(packed: Packed, selection: Selection | None) -> dict[str, np.ndarray]:
+    """The thresholds of a selection by name, checked; nothing without one."""
+    shape, found = (packed.config.num_hidden_layers, packed.config.intermediate_size), {}
+    for name, value in vars(selection).items() if selection else ():
+        if name in ("gate", "down") and value is not None:
+            if value.shape != shape or value.dtype != np.float32:
+                raise ValueError(f"{name}: thresholds must be float32 {shape}, not {value.dtype} {value.shape}")
+            found[name] = np.ascontiguousarray(value)
+        elif name != "method" and value not in (None, 1):
+            raise ValueError(f"decoding cannot use {name!r} of a selection")
+    return found
+
+
+def _layers(packed: Packed, selection: Selection | None, dense: bool) -> Buffers:
+    """One record per layer, with the thresholds of the selection; `dense` needs none of either kind."""
+    c, arrays, count = packed.config, packed.arrays, packed.config.num_hidden_layers
     layers = Buffers(LAYER)
-    layers.record = np.zeros(c.num_hidden_layers, LAYER)
+    layers.record = np.zeros(count, LAYER)
     for name in LAYER.fields or ():
         if name in arrays:
-            layers.record[name] = arrays[name].ctypes.data + arrays[name].strides[0] * np.arange(c.num_hidden_layers)
-    layers.record["window"] = [c.window(i) for i in range(c.num_hidden_layers)]
+            layers.record[name] = arrays[name].ctypes.data + arrays[name].strides[0] * np.arange(count)
+    layers.record["window"] = [c.window(i) for i in range(count)]
     layers.record["local"] = layers.record["window"] > 0 if c.rope_local else 0
-    layers.record["threshold"] = -1.0 if dense or c.hidden_act not in EXACT_ZEROS else 0.0
     layers.point("active", np.arange(c.intermediate_size, dtype=np.int32))
+    if c.hidden_act in EXACT_ZEROS and not dense:
+        layers.point("gate_least", np.zeros(c.intermediate_size, np.float32))
+    for name, least in _thresholds(packed, selection).items():
+        layers.point(f"{name}_least", least)
+        # A layer that keeps everything is not tested, and so the same bits as without a selection.
+        addresses = least.ctypes.data + least.strides[0] * np.arange(count)
+        layers.record[f"{name}_least"] = np.where((least < 0).all(axis=1), 0, addresses)
     return layers

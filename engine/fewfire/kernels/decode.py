@@ -41,8 +41,8 @@ _HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
 # `key` (head_width,); `parts` of the heads' attention, the ranges of one head so many bytes after those of the one
 # before; `partial` (NEURON_CHUNKS, width); `cos` and `sin` (2, rope_half) of the RoPE angles. Each thread has `scores`
 # (scratch of attention), `ids` int32, `gate` and `up` (longest,) of a chunk of neurons, `block` (4, BLOCK) of those
-# that are scattered together, `factors` (scratch of gather_axpy). `read` int64 (layers, NEURON_CHUNKS): neurons whose
-# up and down rows were read.
+# that are scattered together, `factors` (scratch of gather_axpy). `read` int64 (layers, NEURON_CHUNKS, 2): neurons
+# whose up rows were read, and whose down rows were.
 WORK = record("""
     x attended joined hidden delta qkv query key parts parts_stride scores scores_stride partial cos sin
     ids gate up longest block factors factors_stride read

@@ -40,14 +40,14 @@ _TABLES = """
 """
 MODEL = record(_PRIMITIVES + _SHAPE + _TABLES, "act_threshold eps attention_scale embedding_scale")
 
-# One layer: `active` is the list of neurons that it may need, of which those whose |act(gate)| is not over `threshold`
-# are dropped; `local` whether it uses the local RoPE, `window` what it sees.
+# One layer: `active` is the list of neurons that it may need; `gate_least` and `down_least` are their thresholds, 0
+# where none is dropped (see `neurons.py`); `local` says whether it uses the local RoPE, `window` what it sees.
 LAYER = record(
     """
     qkv qkv_bias q_norm k_norm o o_bias gate gate_bias updown up_bias down_bias
     attn_norm attn_norm_bias attn_post_norm ffn_norm ffn_norm_bias ffn_post_norm local window active
-    """,
-    "threshold",
+    gate_least down_least
+    """
 )
 
 # One session's keys and values: (layers, kv_heads, capacity) cells each.

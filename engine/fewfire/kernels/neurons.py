@@ -1,8 +1,9 @@
 """The feed-forward block of one token: select, gather and scatter for one chunk of the neurons.
 
-A chunk begins with a part of the layer's list of candidates. *Select* drops those whose |act(gate)| does not exceed the
-layer's threshold (CATS, 2404.08763; for a ReLU model and threshold 0 nothing is lost). *Gather* computes the up rows of
-the others, *scatter* adds their down rows into the chunk's own y. Whatever is dropped is not read.
+A chunk begins with a part of the layer's list of candidates. *Select* drops those whose |act(gate)| does not exceed
+their threshold (CATS, 2404.08763; for a ReLU model and threshold 0 nothing is lost). *Gather* computes the up rows of
+the others, *scatter* adds their down rows into the chunk's own y, if there are thresholds for them only of those whose
+|act(gate) * up| exceeds theirs (TEAL, 2408.14690). Whatever is dropped is not read.
 """
 
 from fewfire.kernels.axpy import BLOCK
@@ -50,15 +51,29 @@ def _add_listed(target, bias, rows, count):
 
 
 @inline
-def _keep(threshold, ids, gate, size):
-    """Drops the entries whose |gate| is not over the threshold; returns how many are left."""
+def _keep(least, ids, values, size):
+    """Drops the entries whose |value| is not over their neuron's threshold; returns how many are left.
+
+    A NaN stays, so that it is seen in the end.
+    """
+    if least == 0:
+        return size
     kept = 0
     for j in range(0, 4 * size, 4):
-        number, value = load_i32(ids + j), load_f32(gate + j)
+        number, value = load_i32(ids + j), load_f32(values + j)
         store_i32(ids + 4 * kept, number)
-        store_f32(gate + 4 * kept, value)
-        kept += abs(value) > threshold
+        store_f32(values + 4 * kept, value)
+        kept += not abs(value) <= load_f32(least + 4 * number)
     return kept
+
+
+@inline
+def _fire(model, weights, rows, count, gate, up):
+    """gate *= up, for the neurons that `rows` lists, once the up rows have met x."""
+    _add_listed(up, weights.up_bias, rows, count)
+    if model.act_on_up:
+        call(model.activate, (model.activation, model.act_threshold, up, count))
+    multiply_by(gate, up, count)
 
 
 @inline
@@ -87,11 +102,25 @@ def _scatter(model, weights, ids, gate, up, count, x, block, y, scratch):
             call(model.gather_dot, (weights.updown, stride, ids, later, down, count, start, end, x, up))
         size = _fill_block(ids, gate, up, count, start, rows, soon, fired, met)
         if model.gated:
-            _add_listed(met, weights.up_bias, rows, size)
-            if model.act_on_up:
-                call(model.activate, (model.activation, model.act_threshold, met, size))
-            multiply_by(fired, met, size)
+            _fire(model, weights, rows, size, fired, met)
         call(model.gather_axpy, (weights.updown + down, stride, rows, soon, size, fired, y, model.width, scratch))
+
+
+@inline
+def _scatter_kept(model, weights, ids, gate, up, count, x, y, scratch):
+    """The same of those neurons alone whose |act(gate) * up| is over their threshold; returns how many."""
+    stride, down = model.updown_stride, model.down
+    if model.gated:
+        call(model.gather_dot, (weights.updown, stride, ids, ids + 4 * SOON, down, count, 0, (count + 3) // 4, x, up))
+        _fire(model, weights, ids, count, gate, up)
+    kept = _keep(weights.down_least, ids, gate, count)
+    if kept > 0:
+        _pad(ids, kept)
+        call(
+            model.gather_axpy,
+            (weights.updown + down, stride, ids, ids + 4 * BLOCK, kept, gate, y, model.width, scratch),
+        )
+    return kept
 
 
 @inline
@@ -112,8 +141,14 @@ def neuron_chunk(model, weights, work, layer, thread, chunk):
         call(model.gather_dot, (weights.gate, stride, ids, ids + 4 * SOON, stride, size, 0, end, work.x, gate))
         _add_listed(gate, weights.gate_bias, ids, size)
         call(model.activate, (model.activation, model.act_threshold, gate, size))
-        size = _keep(weights.threshold, ids, gate, size)
+        size = _keep(weights.gate_least, ids, gate, size)
+    kept = size
     if size > 0:
         _pad(ids, size)
-        _scatter(model, weights, ids, gate, up, size, work.x, block, y, scratch)
-    store_i64(work.read + 8 * (layer * NEURON_CHUNKS + chunk), size)
+        if weights.down_least != 0:
+            kept = _scatter_kept(model, weights, ids, gate, up, size, work.x, y, scratch)
+        else:
+            _scatter(model, weights, ids, gate, up, size, work.x, block, y, scratch)
+    read = work.read + 16 * (layer * NEURON_CHUNKS + chunk)
+    store_i64(read, size)
+    store_i64(read + 8, kept)

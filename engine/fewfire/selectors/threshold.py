@@ -2,8 +2,8 @@
 
 CATS (2404.08763) keeps the neurons whose |act(gate)| is over a quantile of the layer's, TEAL (2408.14690) does so with
 the |h| that down meets. Neurons differ in what they do to the output, so the values are weighted first, by the norm of
-the neuron's down row (as WINA, 2505.19427, does with columns) and, where its up value is not known yet, by the root mean
-square of that. At run time this costs nothing: weight * |value| > cut is |value| > cut / weight.
+the neuron's down row (as WINA, 2505.19427, does with columns) and, where its up value is not known yet, by the root
+mean square of that. At run time this costs nothing: weight * |value| > cut is |value| > cut / weight.
 
 All arrays are float32 of one layer; T are tokens of sample text. Knows nothing of models and files.
 """

@@ -102,5 +102,5 @@ def test_impossible_densities(layer: dict[str, np.ndarray]) -> None:
             threshold.thresholds(layer["gate"], density)
     weights = threshold.down_weights(layer["down"])
     found = threshold.curve(layer["gate"], weights, layer["fired"], layer["down"], np.ones(T, np.float32), (0.5, 1.0))
-    with pytest.raises(ValueError, match="at least 0.5"):
+    with pytest.raises(ValueError, match=r"at least 0\.5"):
         found.thresholds(0.4)
