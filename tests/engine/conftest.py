@@ -1,11 +1,13 @@
-"""Packed tiny models, and transformers to compare with, for the tests of the engine."""
+"""Packed tiny models, fresh random inputs, and transformers to compare with, for the tests of the engine."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fewfire.pack import pack
@@ -32,3 +34,11 @@ def peers() -> Any:
     import peers
 
     return peers
+
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    """A generator with another seed each time, or with that of FEWFIRE_TEST_SEED."""
+    seed = int(os.environ.get("FEWFIRE_TEST_SEED") or np.random.SeedSequence().generate_state(1)[0])
+    print(f"to repeat: FEWFIRE_TEST_SEED={seed}")
+    return np.random.default_rng(seed)
