@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fewfire.config import ModelConfig
 from fewfire.kernels.attention import RANGE, SCORES
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.decode import WORK
-from fewfire.kernels.neurons import NEURON_CHUNKS, longest_chunk
 from fewfire.kernels.prefill import BATCH, ROWS
+from fewfire.kernels.select import NEURON_CHUNKS, longest_chunk
 from fewfire.quantize import padded
+from fewfire.selectors.selection import Selection
 
 
 def head_width(c: ModelConfig) -> int:
@@ -74,6 +76,12 @@ class Buffers:
         self.record[name] = array.ctypes.data
         self._owned.append(array)
 
+    def point_each(self, name: str, array: np.ndarray, where: ArrayLike = True) -> None:
+        """Sets a field of record i to `array[i]`, for all records or some."""
+        addresses = array.ctypes.data + array.strides[0] * np.arange(len(array))
+        self.record[name] = np.where(where, addresses, self.record[name])
+        self._owned.append(array)
+
     def activation(self, name: str, activation: Activation) -> None:
         """Sets a field to an activation's descriptor, and keeps the activation."""
         self.point(name, activation.descriptor)
@@ -90,9 +98,9 @@ def _qkv_rows(c: ModelConfig) -> int:
 
 
 class Workspace(Buffers):
-    """Buffers for decoding one token over a cache of up to so many positions."""
+    """Buffers for decoding one token over a cache of up to so many positions, with or without a selection."""
 
-    def __init__(self, c: ModelConfig, threads: int, positions: int) -> None:
+    def __init__(self, c: ModelConfig, threads: int, positions: int, selection: Selection | None = None) -> None:
         super().__init__(WORK)
         self.positions = positions
         x, attended = Activation(c.hidden_size), Activation(c.num_attention_heads * c.head_dim)
@@ -100,7 +108,8 @@ class Workspace(Buffers):
         self.activation("attended", attended)
         self.point("joined", attended.values)
         hidden, head, half = padded(c.hidden_size), head_width(c), c.head_dim // 2
-        longest = _lines(longest_chunk(c.intermediate_size))
+        predictor = selection.predictor if selection else None
+        longest = _lines(longest_chunk(c.intermediate_size, predictor.group_size if predictor else 1))
         factors, scores, ranges = _lines(axpy_scratch(c.hidden_size)), _lines(SCORES), -(-positions // RANGE)
         self.number(
             longest=longest,
@@ -125,7 +134,13 @@ class Workspace(Buffers):
         )
         self.point("ids", aligned((threads, longest), np.int32))
         self.point("block", aligned((threads, 4 * BLOCK), np.int32))
-        self.read = np.zeros((c.num_hidden_layers, NEURON_CHUNKS, 2), np.int64)
+        if predictor and predictor.basis is not None:
+            reduced = Activation(predictor.basis.shape[1])
+            self.activation("reduced", reduced)
+            self.point("reduced_values", reduced.values)
+        if selection and selection.top is not None:
+            self.floats(gates=(c.intermediate_size,), least=(1,))
+        self.read = np.zeros((c.num_hidden_layers, NEURON_CHUNKS, 3), np.int64)
         self.read[:, 0] = c.intermediate_size  # before the first token
         self.point("read", self.read)
 

@@ -1,23 +1,23 @@
 """One token through all layers, compiled as one function that every thread of a team runs.
 
 A layer is four phases (see `team.py`): rows of q, k and v; attention, where a chunk is all queries of one cached head
-over a range of positions; rows of o; neurons. The serial step that follows each is small and done by whoever finished
-last. In the last phase a chunk of neurons goes through select, gather and scatter on its own (see `neurons.py`); the
-chunks' sums are added in a fixed order, as are the ranges' parts. So the result is the same bits for any number of
-threads.
+over a range of positions; rows of o; neurons, before which some selectors have a phase of their own (see `select.py`).
+The serial step that follows each is small and done by whoever finished last. In the last phase a chunk of neurons goes
+through select, gather and scatter on its own (see `neurons.py`); the chunks' sums are added in a fixed order, as are
+the ranges' parts. So the result is the same bits for any number of threads.
 """
 
 from numba import types
 
 from fewfire.kernels.attention import RANGE
 from fewfire.kernels.compile import ONE, ZERO, inline, kernel, records
-from fewfire.kernels.gather import SOON
 from fewfire.kernels.layer import (
     CACHE,
     LAYER,
     MODEL,
     add_block,
     add_to,
+    all_rows,
     attend_group,
     embed,
     first_seen,
@@ -26,11 +26,13 @@ from fewfire.kernels.layer import (
     place_heads,
     quantize,
     record,
+    row_chunks,
     set_rope,
 )
-from fewfire.kernels.neurons import NEURON_CHUNKS, neuron_chunk
+from fewfire.kernels.neurons import neuron_chunk
+from fewfire.kernels.select import NEURON_CHUNKS, find_top, reduce
 from fewfire.kernels.simd import call
-from fewfire.kernels.team import REGIONS, advance, finish, region_of, take, wait
+from fewfire.kernels.team import advance, finish, take, wait
 
 _I = types.int64
 
@@ -41,31 +43,14 @@ _HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
 # `key` (head_width,); `parts` of the heads' attention, the ranges of one head so many bytes after those of the one
 # before; `partial` (NEURON_CHUNKS, width); `cos` and `sin` (2, rope_half) of the RoPE angles. Each thread has `scores`
 # (scratch of attention), `ids` int32, `gate` and `up` (longest,) of a chunk of neurons, `block` (4, BLOCK) of those
-# that are scattered together, `factors` (scratch of gather_axpy). `read` int64 (layers, NEURON_CHUNKS, 2): neurons
-# whose up rows were read, and whose down rows were.
+# that are scattered together, `factors` (scratch of gather_axpy). `read` int64 (layers, NEURON_CHUNKS, 3): neurons
+# whose gate, up and down rows were read. For a predictor `reduced`, a descriptor whose values are `reduced_values`
+# (rank,); for the largest neurons `gates` (neurons,) and `least`, which they are over.
 WORK = record("""
     x attended joined hidden delta qkv query key parts parts_stride scores scores_stride partial cos sin
     ids gate up longest block factors factors_stride read
+    reduced reduced_values gates least
 """)
-
-
-@inline
-def _row_chunks(team):
-    """Chunks that the rows of a matrix are shared out in.
-
-    Few, since streams begin anew with each (perf/LOG.md, "chunks that go on where the last one ended").
-    """
-    return 4 * team[REGIONS]
-
-
-@inline
-def _all_rows(model, team, dot, matrix, stride, count, chunk, chunks, x, out):
-    """A chunk of the rows of a matrix: a piece of each quarter of its region (see `gather.py`)."""
-    first, end = region_of(team, chunk, chunks)
-    start, stop = count * first // chunks, count * end // chunks
-    quarter, rows = (stop - start + 3) // 4, model.every + 4 * start
-    piece = quarter * (chunk - first) // (end - first), quarter * (chunk - first + 1) // (end - first)
-    call(dot, (matrix, stride, rows, rows + 4 * SOON, stride, stop - start, piece[0], piece[1], x, out + 4 * start))
 
 
 @inline
@@ -97,13 +82,18 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
 
     for layer in range(model.layers):
         weights = layers[layer]
-        rows, chunks = (model.heads + 2 * model.kv_heads) * model.head_dim, _row_chunks(team)
+        rows, chunks = (model.heads + 2 * model.kv_heads) * model.head_dim, row_chunks(team)
         while True:
             chunk = take(team, phase, thread, chunks)
             if chunk < 0:
                 break
-            _all_rows(model, team, model.gather_dot, weights.qkv, model.qkv_stride, rows, chunk, chunks, x, work.qkv)
+            all_rows(model, team, model.gather_dot, weights.qkv, model.qkv_stride, rows, chunk, chunks, x, work.qkv)
+            if weights.early != 0:
+                matrix, out = (weights.basis, weights.basis_stride), work.reduced_values
+                all_rows(model, team, model.gather_dot, *matrix, weights.rank, chunk, chunks, x, out)
             if finish(team, chunks):
+                if weights.early != 0:
+                    quantize(model.quantize, work.reduced, ZERO)
                 add_to(work.qkv, weights.qkv_bias, rows)
                 place_heads(model, weights, cache, layer, position, work.qkv, work.cos, work.sin, work.query, work.key)
                 advance(team, phase)
@@ -132,18 +122,23 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
             if chunk < 0:
                 break
             matrix, size = (weights.o, model.o_stride), model.hidden
-            _all_rows(model, team, model.gather_dot, *matrix, size, chunk, chunks, work.attended, delta)
+            all_rows(model, team, model.gather_dot, *matrix, size, chunk, chunks, work.attended, delta)
             if finish(team, chunks):
                 add_block(model, hidden, delta, weights.o_bias, weights.attn_post_norm)
                 next_input(model, weights.ffn_norm, weights.ffn_norm_bias, hidden, x, ZERO, model.quantize)
                 advance(team, phase)
         phase = wait(team, phase)
 
+        if weights.basis != 0 and weights.early == 0:
+            phase = reduce(model, team, phase, thread, weights, work)
+        if weights.top >= 0:
+            phase = find_top(model, team, phase, thread, weights, work)
+        kept = cache.kept + layer * model.neurons if cache.kept != 0 else ZERO
         while True:
             chunk = take(team, phase, thread, NEURON_CHUNKS)
             if chunk < 0:
                 break
-            neuron_chunk(model, weights, work, layer, thread, chunk)
+            neuron_chunk(model, weights, work, layer, thread, chunk, kept)
             if finish(team, NEURON_CHUNKS):
                 for part in range(1, NEURON_CHUNKS):
                     add_to(work.partial, work.partial + 4 * part * model.width, model.hidden)
@@ -156,13 +151,13 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
                 advance(team, phase)
         phase = wait(team, phase)
 
-    chunks = _HEAD_CHUNKS * _row_chunks(team)
+    chunks = _HEAD_CHUNKS * row_chunks(team)
     while True:
         chunk = take(team, phase, thread, chunks)
         if chunk < 0:
             break
         matrix, size = (model.head, model.table_stride), model.vocab
-        _all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, x, logits)
+        all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, x, logits)
         if finish(team, chunks):
             advance(team, phase)
     wait(team, phase)

@@ -56,6 +56,10 @@ def misfit(packed: Packed, arrays: Mapping[str, np.ndarray], numbers: Mapping[st
         if dtype == np.float32 and np.isnan(array).any():
             return f"{name} has NaN"
     neurons = packed.config.intermediate_size
+    if "top" in arrays and "predictor.rows" in arrays:
+        return "a predictor and the largest neurons exclude each other"
+    if numbers.get("predictor.early") and "predictor.basis" not in arrays:
+        return "a predictor without a basis cannot be early"
     if "top" in arrays and not ((arrays["top"] >= 0) & (arrays["top"] <= neurons)).all():
         return f"top is not from 0 to {neurons}"
     if "predictor.members" in arrays and (np.sort(arrays["predictor.members"]) != np.arange(neurons)).any():

@@ -28,7 +28,12 @@ class Predictor:
     bias: np.ndarray  # (layers, groups) float32
     members: np.ndarray  # (layers, neurons) int32
     basis: np.ndarray | None = None  # (layers, rank, bytes of a row of `hidden` columns) uint8
-    early: bool = False
+    early: bool = False  # only with a basis
+
+    @property
+    def group_size(self) -> int:
+        """Neurons of a group."""
+        return -(-self.members.shape[1] // self.bias.shape[1])
 
 
 @dataclass(frozen=True, eq=False)

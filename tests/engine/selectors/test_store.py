@@ -59,7 +59,7 @@ def everything(packed: Packed) -> Selection:
         rows(of.rows, 64, c.vocab_size), rows(of.table, hidden, 64), 64, np.zeros(c.vocab_size, np.float32), 2.5
     )
     return Selection(
-        "everything", limits, limits[::-1].copy(), np.array([5, 96, 0], np.int32), predictor,
+        "everything", limits, limits[::-1].copy(), None, predictor,
         columns(hidden, c.head_dim * (c.num_attention_heads + 2 * c.num_key_value_heads)),
         columns(c.num_attention_heads * c.head_dim, hidden), columns(hidden, 2 * neurons), 8, screen,
     )  # fmt: skip
