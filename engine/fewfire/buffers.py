@@ -8,6 +8,7 @@ from fewfire.config import ModelConfig
 from fewfire.kernels.attention import RANGE, SCORES
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.decode import WORK
+from fewfire.kernels.head import LIST, head_chunks
 from fewfire.kernels.neurons import NEURON_CHUNKS, longest_chunk
 from fewfire.kernels.prefill import BATCH, ROWS
 from fewfire.quantize import padded
@@ -90,11 +91,11 @@ def _qkv_rows(c: ModelConfig) -> int:
 
 
 class Workspace(Buffers):
-    """Buffers for decoding one token over a cache of up to so many positions."""
+    """Buffers for decoding one token over a cache of up to so many positions, with a screened head of some rank or 0."""
 
-    def __init__(self, c: ModelConfig, threads: int, positions: int) -> None:
+    def __init__(self, c: ModelConfig, threads: int, positions: int, rank: int = 0) -> None:
         super().__init__(WORK)
-        self.positions = positions
+        self.positions, self.rank = positions, rank
         x, attended = Activation(c.hidden_size), Activation(c.num_attention_heads * c.head_dim)
         self.activation("x", x)
         self.activation("attended", attended)
@@ -128,6 +129,14 @@ class Workspace(Buffers):
         self.read = np.zeros((c.num_hidden_layers, NEURON_CHUNKS, 2), np.int64)
         self.read[:, 0] = c.intermediate_size  # before the first token
         self.point("read", self.read)
+        self.exact = np.zeros(head_chunks(threads), np.int64)
+        self.point("exact", self.exact)
+        if rank:
+            reduced = Activation(rank)
+            self.activation("reduced", reduced)
+            self.point("screened", reduced.values)
+            self.floats(largest=(head_chunks(threads),), values=(threads, LIST))
+            self.point("candidates", aligned((threads, LIST), np.int32))
 
 
 class Batch(Buffers):

@@ -5,6 +5,7 @@ An `Engine` is shared by all sessions of a model; a lock lets one forward pass r
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 
@@ -21,8 +22,9 @@ from fewfire.kernels.layer import CACHE, LAYER, MODEL
 from fewfire.kernels.prefill import prefill
 from fewfire.packed import Formats, Packed
 from fewfire.progress import Progress, silent
-from fewfire.quantize import padded
-from fewfire.selectors.selection import Selection
+from fewfire.quantize import padded, row_bytes
+from fewfire.selectors.parts import flatten, misfit
+from fewfire.selectors.selection import Screen, Selection
 from fewfire.team import Team
 
 BATCH = 256  # tokens of a prompt that go through the layers together
@@ -69,9 +71,9 @@ class Engine:
         self._cell = head_width(packed.config) * (4 if self._cache_format == "f32" else 2)
         self._primitives = _primitives(packed.formats, self._cache_format, group % attention.QUERIES)
         _compile([*self._primitives.values(), decode, prefill], progress)
-        self._model = _model(packed, self._primitives, self._cell)
         self._packed = packed  # owns the mapped weights
-        self._layers = _layers(packed, selection, dense)
+        self._layers, screen = _layers(packed, selection, dense), _screen(packed, selection)
+        self._model = _model(packed, self._primitives, self._cell, screen)
         self._work = Workspace(packed.config, threads, 0)
         self._batch = Batch(packed.config, threads, TOKENS)
 
@@ -85,9 +87,10 @@ class Engine:
 
         Raises `ValueError` for a selection that does not fit the model, or has parts that decoding cannot use.
         """
-        layers = _layers(self._packed, selection, dense)
+        layers, screen = _layers(self._packed, selection, dense), _screen(self._packed, selection)
+        model = _model(self._packed, self._primitives, self._cell, screen)
         with self._lock:
-            self._layers = layers
+            self._layers, self._model = layers, model
 
     def neurons_read(self) -> np.ndarray:
         """How many neurons' up rows (none, if the model has no up), and how many down rows, the last token read.
@@ -102,8 +105,15 @@ class Engine:
         arrays, up = self._packed.arrays, int(self._model.record["down"][0])
         fired, kept = (int(n) for n in self.neurons_read().sum(axis=0))
         always = sum(arrays[name].nbytes for name in ("qkv", "o", "gate")) + arrays["embed"].shape[2]
-        head = arrays.get("head", arrays["embed"]).nbytes
-        return always + head + up * fired + (arrays["updown"].shape[2] - up) * kept
+        return always + self._head_bytes() + up * fired + (arrays["updown"].shape[2] - up) * kept
+
+    def _head_bytes(self) -> int:
+        """What the last token read of the head, with what it took to know that."""
+        rows, rank = self._packed.arrays.get("head", self._packed.arrays["embed"])[0], self._work.rank
+        if rank == 0:
+            return rows.nbytes
+        screened = len(rows) * (row_bytes(self._packed.formats.rows, rank) + 4)  # with the bias
+        return screened + (rank + int(self._work.exact.sum())) * rows.shape[1]
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache: float16, or float32 for f32 and bf16 weights."""
@@ -112,8 +122,9 @@ class Engine:
     def decode(self, token: int, position: int, cache: KVCache, logits: np.ndarray) -> None:
         """Reads one token at `position`, within the cache's capacity; writes its logits, float32 and contiguous."""
         with self._lock:
-            if self._work.positions < cache.capacity:
-                self._work = Workspace(self.config, self.threads, cache.capacity)
+            rank = int(self._model.record["screen_rank"][0])
+            if self._work.positions < cache.capacity or self._work.rank != rank:
+                self._work = Workspace(self.config, self.threads, cache.capacity, rank)
             work = self._work
             self._team.run(
                 decode, self._model.record, self._layers.record, work.record, cache.record,
@@ -182,8 +193,8 @@ def _compile(compiled: Sequence[Compiled], progress: Progress) -> None:
         each.compile()
 
 
-def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int) -> Buffers:
-    """The record of a model."""
+def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int, screen: Screen | None) -> Buffers:
+    """The record of a model, and of the screen of its head if there is one."""
     c, arrays = packed.config, packed.arrays
     model = Buffers(MODEL)
     model.number(**{name: primitive.address for name, primitive in primitives.items()})
@@ -218,6 +229,11 @@ def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int) -> Bu
     if c.rope:
         kinds = [rope.inverse_frequencies(c.head_dim) for rope in (c.rope, c.rope_local or c.rope)]
         model.point("frequencies", np.stack(kinds))
+    if screen is not None:
+        for name, array in (("screen", screen.rows), ("screen_basis", screen.basis), ("screen_bias", screen.bias)):
+            model.point(name, array)
+        model.number(screen_rank=screen.rank, screen_stride=screen.rows.strides[0])
+        model.record["screen_margin"] = screen.margin
     longest = max(a.shape[1] for a in arrays.values() if a.ndim == 3)
     model.point("every", np.arange(longest + SOON, dtype=np.int32))
     return model
@@ -231,9 +247,21 @@ def _thresholds(packed: Packed, selection: Selection | None) -> dict[str, np.nda
             if value.shape != shape or value.dtype != np.float32:
                 raise ValueError(f"{name}: thresholds must be float32 {shape}, not {value.dtype} {value.shape}")
             found[name] = np.ascontiguousarray(value)
-        elif name != "method" and value not in (None, 1):
+        elif name not in ("method", "screen") and value not in (None, 1):
             raise ValueError(f"decoding cannot use {name!r} of a selection")
     return found
+
+
+def _screen(packed: Packed, selection: Selection | None) -> Screen | None:
+    """The screen of a selection, checked; none if it lets every exact logit be computed."""
+    screen = selection.screen if selection else None
+    if screen is None:
+        return None
+    arrays, numbers = flatten(Selection("screen", screen=screen))
+    if wrong := misfit(packed, arrays, numbers):
+        raise ValueError(f"the screen does not fit this model: {wrong}")
+    rows, basis, bias = (arrays[f"screen.{name}"] for name in ("rows", "basis", "bias"))
+    return None if math.isinf(screen.margin) else Screen(rows, basis, screen.rank, bias, screen.margin)
 
 
 def _layers(packed: Packed, selection: Selection | None, dense: bool) -> Buffers:

@@ -11,13 +11,14 @@ from numba import types
 
 from fewfire.kernels.attention import RANGE
 from fewfire.kernels.compile import ONE, ZERO, inline, kernel, records
-from fewfire.kernels.gather import SOON
+from fewfire.kernels.head import screened_head
 from fewfire.kernels.layer import (
     CACHE,
     LAYER,
     MODEL,
     add_block,
     add_to,
+    all_rows,
     attend_group,
     embed,
     first_seen,
@@ -26,11 +27,12 @@ from fewfire.kernels.layer import (
     place_heads,
     quantize,
     record,
+    row_chunks,
     set_rope,
 )
 from fewfire.kernels.neurons import NEURON_CHUNKS, neuron_chunk
 from fewfire.kernels.simd import call
-from fewfire.kernels.team import REGIONS, advance, finish, region_of, take, wait
+from fewfire.kernels.team import advance, finish, take, wait
 
 _I = types.int64
 
@@ -42,30 +44,14 @@ _HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
 # before; `partial` (NEURON_CHUNKS, width); `cos` and `sin` (2, rope_half) of the RoPE angles. Each thread has `scores`
 # (scratch of attention), `ids` int32, `gate` and `up` (longest,) of a chunk of neurons, `block` (4, BLOCK) of those
 # that are scattered together, `factors` (scratch of gather_axpy). `read` int64 (layers, NEURON_CHUNKS, 2): neurons
-# whose up rows were read, and whose down rows were.
+# whose up rows were read, and whose down rows were. For a screened head (see `head.py`): the descriptor of `reduced`,
+# whose values are `screened` (screen_rank,); of each of its chunks the `largest` logit and, int64, how many were made
+# `exact`; of each thread `candidates` int32 (LIST,) and their `values`.
 WORK = record("""
     x attended joined hidden delta qkv query key parts parts_stride scores scores_stride partial cos sin
     ids gate up longest block factors factors_stride read
+    reduced screened largest exact candidates values
 """)
-
-
-@inline
-def _row_chunks(team):
-    """Chunks that the rows of a matrix are shared out in.
-
-    Few, since streams begin anew with each (perf/LOG.md, "chunks that go on where the last one ended").
-    """
-    return 4 * team[REGIONS]
-
-
-@inline
-def _all_rows(model, team, dot, matrix, stride, count, chunk, chunks, x, out):
-    """A chunk of the rows of a matrix: a piece of each quarter of its region (see `gather.py`)."""
-    first, end = region_of(team, chunk, chunks)
-    start, stop = count * first // chunks, count * end // chunks
-    quarter, rows = (stop - start + 3) // 4, model.every + 4 * start
-    piece = quarter * (chunk - first) // (end - first), quarter * (chunk - first + 1) // (end - first)
-    call(dot, (matrix, stride, rows, rows + 4 * SOON, stride, stop - start, piece[0], piece[1], x, out + 4 * start))
 
 
 @inline
@@ -97,12 +83,12 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
 
     for layer in range(model.layers):
         weights = layers[layer]
-        rows, chunks = (model.heads + 2 * model.kv_heads) * model.head_dim, _row_chunks(team)
+        rows, chunks = (model.heads + 2 * model.kv_heads) * model.head_dim, row_chunks(team)
         while True:
             chunk = take(team, phase, thread, chunks)
             if chunk < 0:
                 break
-            _all_rows(model, team, model.gather_dot, weights.qkv, model.qkv_stride, rows, chunk, chunks, x, work.qkv)
+            all_rows(model, team, model.gather_dot, weights.qkv, model.qkv_stride, rows, chunk, chunks, x, work.qkv)
             if finish(team, chunks):
                 add_to(work.qkv, weights.qkv_bias, rows)
                 place_heads(model, weights, cache, layer, position, work.qkv, work.cos, work.sin, work.query, work.key)
@@ -132,7 +118,7 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
             if chunk < 0:
                 break
             matrix, size = (weights.o, model.o_stride), model.hidden
-            _all_rows(model, team, model.gather_dot, *matrix, size, chunk, chunks, work.attended, delta)
+            all_rows(model, team, model.gather_dot, *matrix, size, chunk, chunks, work.attended, delta)
             if finish(team, chunks):
                 add_block(model, hidden, delta, weights.o_bias, weights.attn_post_norm)
                 next_input(model, weights.ffn_norm, weights.ffn_norm_bias, hidden, x, ZERO, model.quantize)
@@ -156,13 +142,16 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
                 advance(team, phase)
         phase = wait(team, phase)
 
-    chunks = _HEAD_CHUNKS * _row_chunks(team)
-    while True:
-        chunk = take(team, phase, thread, chunks)
-        if chunk < 0:
-            break
-        matrix, size = (model.head, model.table_stride), model.vocab
-        _all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, x, logits)
-        if finish(team, chunks):
-            advance(team, phase)
-    wait(team, phase)
+    if model.screen != 0:
+        screened_head(team, phase, thread, model, work, x, logits)
+    else:
+        chunks = _HEAD_CHUNKS * row_chunks(team)
+        while True:
+            chunk = take(team, phase, thread, chunks)
+            if chunk < 0:
+                break
+            matrix, size = (model.head, model.table_stride), model.vocab
+            all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, x, logits)
+            if finish(team, chunks):
+                advance(team, phase)
+        wait(team, phase)
