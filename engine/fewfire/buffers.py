@@ -9,6 +9,7 @@ from fewfire.config import ModelConfig
 from fewfire.kernels.attention import RANGE, SCORES
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.decode import WORK
+from fewfire.kernels.head import LIST, head_chunks
 from fewfire.kernels.prefill import BATCH, ROWS
 from fewfire.kernels.select import NEURON_CHUNKS, longest_chunk
 from fewfire.quantize import padded
@@ -135,14 +136,22 @@ class Workspace(Buffers):
         self.point("ids", aligned((threads, longest), np.int32))
         self.point("block", aligned((threads, 4 * BLOCK), np.int32))
         if predictor and predictor.basis is not None:
-            reduced = Activation(predictor.basis.shape[1])
-            self.activation("reduced", reduced)
-            self.point("reduced_values", reduced.values)
+            hint = Activation(predictor.basis.shape[1])
+            self.activation("hint", hint)
+            self.point("hint_values", hint.values)
         if selection and selection.top is not None:
             self.floats(gates=(c.intermediate_size,), least=(1,))
         self.read = np.zeros((c.num_hidden_layers, NEURON_CHUNKS, 3), np.int64)
         self.read[:, 0] = c.intermediate_size  # before the first token
         self.point("read", self.read)
+        self.exact = np.zeros(head_chunks(threads), np.int64)
+        self.point("exact", self.exact)
+        if selection and selection.screen:
+            reduced = Activation(selection.screen.rank)
+            self.activation("reduced", reduced)
+            self.point("screened", reduced.values)
+            self.floats(largest=(head_chunks(threads),), values=(threads, LIST))
+            self.point("candidates", aligned((threads, LIST), np.int32))
 
 
 class Batch(Buffers):

@@ -23,7 +23,8 @@ from fewfire.layers import layer_records
 from fewfire.packed import Formats, Packed
 from fewfire.progress import Progress, silent
 from fewfire.quantize import padded
-from fewfire.selectors.selection import Selection
+from fewfire.selectors.parts import fitting
+from fewfire.selectors.selection import Screen, Selection
 from fewfire.team import Team
 
 BATCH = 256  # tokens of a prompt that go through the layers together
@@ -86,11 +87,8 @@ class Engine:
         self._cell = head_width(packed.config) * (4 if self._cache_format == "f32" else 2)
         self._primitives = _primitives(packed.formats, self._cache_format, group % attention.QUERIES)
         _compile([*self._primitives.values(), decode, prefill], progress)
-        self._model = _model(packed, self._primitives, self._cell)
         self._packed = packed  # owns the mapped weights
-        self._selection = selection
-        self._layers = layer_records(packed, selection, dense)
-        self._work = Workspace(packed.config, threads, 0, selection)
+        self._use(selection, dense, 0)
         self._batch = Batch(packed.config, threads, TOKENS)
 
     @property
@@ -103,10 +101,15 @@ class Engine:
 
         Raises `ValueError` for a selection that does not fit the model, or has parts that decoding cannot use.
         """
-        layers = layer_records(self._packed, selection, dense)
         with self._lock:
-            self._selection, self._layers = selection, layers
-            self._work = Workspace(self.config, self.threads, self._work.positions, selection)
+            self._use(selection, dense, self._work.positions)
+
+    def _use(self, selection: Selection | None, dense: bool, positions: int) -> None:
+        """Makes the records and the buffers for a selection."""
+        selection = fitting(self._packed, selection) if selection else None
+        self._layers = layer_records(self._packed, selection, dense)
+        self._model = _model(self._packed, self._primitives, self._cell, selection.screen if selection else None)
+        self._selection, self._work = selection, Workspace(self.config, self.threads, positions, selection)
 
     def neurons_read(self) -> np.ndarray:
         """How many neurons' gate, up and down rows the last decoded token read, `(layers, 3)` int64.
@@ -121,11 +124,18 @@ class Engine:
         arrays, up = self._packed.arrays, int(self._model.record["down"][0])
         met, fired, kept = (int(n) for n in self.neurons_read().sum(axis=0))
         always = sum(arrays[name].nbytes for name in ("qkv", "o")) + arrays["embed"].shape[2]
-        head = arrays.get("head", arrays["embed"]).nbytes
         used = self._layers.record
         predictor = int((used["groups"] * used["predictor_stride"] + used["rank"] * used["basis_stride"]).sum())
         neurons = arrays["gate"].shape[2] * met + up * fired + (arrays["updown"].shape[2] - up) * kept
-        return always + head + predictor + neurons
+        return always + self._head_bytes() + predictor + neurons
+
+    def _head_bytes(self) -> int:
+        """What the last token read of the head, with what it took to know that."""
+        rows, record = self._packed.arrays.get("head", self._packed.arrays["embed"])[0], self._model.record[0]
+        if record["screen"] == 0:
+            return rows.nbytes
+        screened = len(rows) * (int(record["screen_stride"]) + 4)  # with the bias
+        return screened + (int(record["screen_rank"]) + int(self._work.exact.sum())) * rows.shape[1]
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache: float16, or float32 for f32 and bf16 weights."""
@@ -206,8 +216,8 @@ def _compile(compiled: Sequence[Compiled], progress: Progress) -> None:
         each.compile()
 
 
-def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int) -> Buffers:
-    """The record of a model."""
+def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int, screen: Screen | None) -> Buffers:
+    """The record of a model, and of the screen of its head if there is one."""
     c, arrays = packed.config, packed.arrays
     model = Buffers(MODEL)
     model.number(**{name: primitive.address for name, primitive in primitives.items()})
@@ -242,6 +252,11 @@ def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int) -> Bu
     if c.rope:
         kinds = [rope.inverse_frequencies(c.head_dim) for rope in (c.rope, c.rope_local or c.rope)]
         model.point("frequencies", np.stack(kinds))
+    if screen and screen.margin < np.inf:
+        for name, array in (("screen", screen.rows), ("screen_basis", screen.basis), ("screen_bias", screen.bias)):
+            model.point(name, array)
+        model.number(screen_rank=screen.rank, screen_stride=screen.rows.strides[0])
+        model.record["screen_margin"] = screen.margin
     longest = max(a.shape[1] for a in arrays.values() if a.ndim == 3)
     model.point("every", np.arange(longest + SOON, dtype=np.int32))
     return model

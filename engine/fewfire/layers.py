@@ -8,15 +8,11 @@ from fewfire.buffers import Buffers
 from fewfire.config import EXACT_ZEROS
 from fewfire.kernels.layer import LAYER
 from fewfire.packed import Packed
-from fewfire.selectors.parts import flatten, misfit, unflatten
 from fewfire.selectors.selection import Predictor, Selection
 
 
 def layer_records(packed: Packed, selection: Selection | None, dense: bool) -> Buffers:
-    """One record per layer. Without a selection exact zeros are dropped, unless it is to be `dense`.
-
-    Raises `ValueError` for a selection that does not fit the model.
-    """
+    """One record per layer. Exact zeros are dropped without a selection, too, unless it is to be `dense`."""
     c, arrays, count = packed.config, packed.arrays, packed.config.num_hidden_layers
     layers = Buffers(LAYER)
     layers.record = np.zeros(count, LAYER)
@@ -30,10 +26,7 @@ def layer_records(packed: Packed, selection: Selection | None, dense: bool) -> B
     if c.hidden_act in EXACT_ZEROS and not dense:
         layers.point("gate_least", np.zeros(c.intermediate_size, np.float32))
     if selection:
-        arrays, numbers = flatten(selection)
-        if wrong := misfit(packed, arrays, numbers):
-            raise ValueError(f"the selection does not fit the model: {wrong}")
-        _select(layers, unflatten(arrays, numbers), c.intermediate_size)
+        _select(layers, selection, c.intermediate_size)
     return layers
 
 

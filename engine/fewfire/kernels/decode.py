@@ -11,6 +11,7 @@ from numba import types
 
 from fewfire.kernels.attention import RANGE
 from fewfire.kernels.compile import ONE, ZERO, inline, kernel, records
+from fewfire.kernels.head import screened_head
 from fewfire.kernels.layer import (
     CACHE,
     LAYER,
@@ -44,12 +45,14 @@ _HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
 # before; `partial` (NEURON_CHUNKS, width); `cos` and `sin` (2, rope_half) of the RoPE angles. Each thread has `scores`
 # (scratch of attention), `ids` int32, `gate` and `up` (longest,) of a chunk of neurons, `block` (4, BLOCK) of those
 # that are scattered together, `factors` (scratch of gather_axpy). `read` int64 (layers, NEURON_CHUNKS, 3): neurons
-# whose gate, up and down rows were read. For a predictor `reduced`, a descriptor whose values are `reduced_values`
-# (rank,); for the largest neurons `gates` (neurons,) and `least`, which they are over.
+# whose gate, up and down rows were read. For a predictor the descriptor of `hint`, whose values are `hint_values`
+# (rank,); for the largest neurons `gates` (neurons,) and `least`, which they are over. For a screened head (see
+# `head.py`) the descriptor of `reduced`, whose values are `screened` (screen_rank,); of each of its chunks the
+# `largest` logit and, int64, how many were made `exact`; of each thread `candidates` int32 (LIST,) and their `values`.
 WORK = record("""
     x attended joined hidden delta qkv query key parts parts_stride scores scores_stride partial cos sin
     ids gate up longest block factors factors_stride read
-    reduced reduced_values gates least
+    hint hint_values gates least reduced screened largest exact candidates values
 """)
 
 
@@ -89,11 +92,11 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
                 break
             all_rows(model, team, model.gather_dot, weights.qkv, model.qkv_stride, rows, chunk, chunks, x, work.qkv)
             if weights.early != 0:
-                matrix, out = (weights.basis, weights.basis_stride), work.reduced_values
+                matrix, out = (weights.basis, weights.basis_stride), work.hint_values
                 all_rows(model, team, model.gather_dot, *matrix, weights.rank, chunk, chunks, x, out)
             if finish(team, chunks):
                 if weights.early != 0:
-                    quantize(model.quantize, work.reduced, ZERO)
+                    quantize(model.quantize, work.hint, ZERO)
                 add_to(work.qkv, weights.qkv_bias, rows)
                 place_heads(model, weights, cache, layer, position, work.qkv, work.cos, work.sin, work.query, work.key)
                 advance(team, phase)
@@ -151,13 +154,16 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
                 advance(team, phase)
         phase = wait(team, phase)
 
-    chunks = _HEAD_CHUNKS * row_chunks(team)
-    while True:
-        chunk = take(team, phase, thread, chunks)
-        if chunk < 0:
-            break
-        matrix, size = (model.head, model.table_stride), model.vocab
-        all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, x, logits)
-        if finish(team, chunks):
-            advance(team, phase)
-    wait(team, phase)
+    if model.screen != 0:
+        screened_head(team, phase, thread, model, work, x, logits)
+    else:
+        chunks = _HEAD_CHUNKS * row_chunks(team)
+        while True:
+            chunk = take(team, phase, thread, chunks)
+            if chunk < 0:
+                break
+            matrix, size = (model.head, model.table_stride), model.vocab
+            all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, x, logits)
+            if finish(team, chunks):
+                advance(team, phase)
+        wait(team, phase)

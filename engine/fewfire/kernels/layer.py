@@ -34,12 +34,13 @@ _SHAPE = """
 # Rows are `stride` bytes apart; a neuron's down row begins `down` bytes into its row of `updown`. `every` is the list
 # of all rows of any matrix, and some more for kernels to look ahead to; `frequencies` float32 (2, head_dim / 2):
 # radians per position of global and local layers; `table_integer` the bytes of one quant of a vector that meets the
-# tables' rows.
+# tables' rows. `screen` is the head at low rank (see `head.py`), 0 if there is none.
 _TABLES = """
     embed positions head table_stride qkv_stride o_stride gate_stride updown_stride down
     final_norm final_norm_bias frequencies rope_half every table_integer
+    screen screen_stride screen_basis screen_bias screen_rank
 """
-MODEL = record(_PRIMITIVES + _SHAPE + _TABLES, "act_threshold eps attention_scale embedding_scale")
+MODEL = record(_PRIMITIVES + _SHAPE + _TABLES, "act_threshold eps attention_scale embedding_scale screen_margin")
 
 # One layer: `local` says whether it uses the local RoPE, `window` what it sees. What its FFN may leave out (see
 # `select.py`): `active` lists its neurons, group by group of `group_size`; `predictor` are rows that score the
@@ -58,6 +59,25 @@ LAYER = record(
 # One session's keys and values: (layers, kv_heads, capacity) cells each. `kept`, uint8 (layers, neurons), says which
 # neurons are read in any case, because they were for a token shortly before; 0 where that is no reason.
 CACHE = record("keys values capacity kept")
+
+
+@inline
+def row_chunks(team):
+    """Chunks that the rows of a matrix are shared out in.
+
+    Few, since streams begin anew with each (perf/LOG.md, "chunks that go on where the last one ended").
+    """
+    return 4 * team[REGIONS]
+
+
+@inline
+def all_rows(model, team, dot, matrix, stride, count, chunk, chunks, x, out):
+    """A chunk of the rows of a matrix: a piece of each quarter of its region (see `gather.py`)."""
+    first, end = region_of(team, chunk, chunks)
+    start, stop = count * first // chunks, count * end // chunks
+    quarter, rows = (stop - start + 3) // 4, model.every + 4 * start
+    piece = quarter * (chunk - first) // (end - first), quarter * (chunk - first + 1) // (end - first)
+    call(dot, (matrix, stride, rows, rows + 4 * SOON, stride, stop - start, piece[0], piece[1], x, out + 4 * start))
 
 
 @inline
@@ -89,25 +109,6 @@ def copy(target, source, count):
     """target[:count] = source[:count]."""
     for i in range(0, 4 * count, 4):
         store_f32(target + i, load_f32(source + i))
-
-
-@inline
-def row_chunks(team):
-    """Chunks that the rows of a matrix are shared out in.
-
-    Few, since streams begin anew with each (perf/LOG.md, "chunks that go on where the last one ended").
-    """
-    return 4 * team[REGIONS]
-
-
-@inline
-def all_rows(model, team, dot, matrix, stride, count, chunk, chunks, x, out):
-    """A chunk of the rows of a matrix: a piece of each quarter of its region (see `gather.py`)."""
-    first, end = region_of(team, chunk, chunks)
-    start, stop = count * first // chunks, count * end // chunks
-    quarter, rows = (stop - start + 3) // 4, model.every + 4 * start
-    piece = quarter * (chunk - first) // (end - first), quarter * (chunk - first + 1) // (end - first)
-    call(dot, (matrix, stride, rows, rows + 4 * SOON, stride, stop - start, piece[0], piece[1], x, out + 4 * start))
 
 
 @step

@@ -109,7 +109,7 @@ def candidates(model, weights, work, chunk, kept, ids, groups, scores):
     if size > 0:
         pad(groups, size)
         rows, soon, stride, end = groups, groups + 4 * SOON, weights.predictor_stride, (size + 3) // 4
-        z = work.reduced if weights.basis != 0 else work.x
+        z = work.hint if weights.basis != 0 else work.x
         call(model.gather_dot, (weights.predictor, stride, rows, soon, stride, size, 0, end, z, scores))
         size = _members(model, weights, kept, groups, scores, size, ids)
     return size
@@ -133,10 +133,10 @@ def reduce(model, team, phase, thread, weights, work):
         chunk = take(team, phase, thread, chunks)
         if chunk < 0:
             break
-        matrix, out = (weights.basis, weights.basis_stride), work.reduced_values
+        matrix, out = (weights.basis, weights.basis_stride), work.hint_values
         all_rows(model, team, model.gather_dot, *matrix, weights.rank, chunk, chunks, work.x, out)
         if finish(team, chunks):
-            quantize(model.quantize, work.reduced, ZERO)
+            quantize(model.quantize, work.hint, ZERO)
             advance(team, phase)
     return wait(team, phase)
 

@@ -41,6 +41,14 @@ def unflatten(arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> S
     return Selection(**values)
 
 
+def fitting(packed: Packed, selection: Selection) -> Selection:
+    """The selection with all its arrays contiguous. Raises `ValueError` if it does not fit the model."""
+    arrays, numbers = flatten(selection)
+    if wrong := misfit(packed, arrays, numbers):
+        raise ValueError(f"the selection does not fit the model: {wrong}")
+    return unflatten(arrays, numbers)
+
+
 def misfit(packed: Packed, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> str:
     """What is wrong with a selection for this model, in a few words; nothing if it fits."""
     try:
