@@ -7,10 +7,12 @@ import numpy as np
 from fewfire.config import ModelConfig
 from fewfire.kernels.attention import RANGE, SCORES
 from fewfire.kernels.axpy import BLOCK
+from fewfire.kernels.columns import COLUMN_CHUNKS, longest_list
 from fewfire.kernels.decode import WORK
 from fewfire.kernels.neurons import NEURON_CHUNKS, longest_chunk
 from fewfire.kernels.prefill import BATCH, ROWS
 from fewfire.quantize import padded
+from fewfire.selectors.selection import COLUMNS, column_shape
 
 
 def head_width(c: ModelConfig) -> int:
@@ -100,8 +102,10 @@ class Workspace(Buffers):
         self.activation("attended", attended)
         self.point("joined", attended.values)
         hidden, head, half = padded(c.hidden_size), head_width(c), c.head_dim // 2
-        longest = _lines(longest_chunk(c.intermediate_size))
-        factors, scores, ranges = _lines(axpy_scratch(c.hidden_size)), _lines(SCORES), -(-positions // RANGE)
+        # Projections by columns may need more; memory that nobody touches costs nothing.
+        inputs, outputs = (max(sizes) for sizes in zip(*(column_shape(c, part) for part in COLUMNS), strict=True))
+        longest = _lines(max(longest_chunk(c.intermediate_size), longest_list(inputs)))
+        factors, scores, ranges = _lines(axpy_scratch(outputs)), _lines(SCORES), -(-positions // RANGE)
         self.number(
             longest=longest,
             factors_stride=4 * factors,
@@ -111,12 +115,14 @@ class Workspace(Buffers):
         self.floats(
             hidden=(hidden,),
             delta=(hidden,),
-            qkv=(_qkv_rows(c),),
+            qkv=(padded(_qkv_rows(c)),),
             query=(c.num_attention_heads, head),
             key=(head,),
             parts=(c.num_attention_heads, ranges, head + 8),
             scores=(threads, scores),
-            partial=(NEURON_CHUNKS, hidden),
+            partial=(max(NEURON_CHUNKS * hidden, COLUMN_CHUNKS * padded(outputs)),),
+            gates=(padded(column_shape(c, "ffn")[1]) + 8,),
+            ups=(c.intermediate_size + 8,),
             cos=(2, half),
             sin=(2, half),
             gate=(threads, longest),
@@ -128,6 +134,8 @@ class Workspace(Buffers):
         self.read = np.zeros((c.num_hidden_layers, NEURON_CHUNKS, 2), np.int64)
         self.read[:, 0] = c.intermediate_size  # before the first token
         self.point("read", self.read)
+        self.projected = np.zeros((c.num_hidden_layers, 3, COLUMN_CHUNKS), np.int64)
+        self.point("projected", self.projected)
 
 
 class Batch(Buffers):

@@ -21,8 +21,8 @@ from fewfire.kernels.layer import CACHE, LAYER, MODEL
 from fewfire.kernels.prefill import prefill
 from fewfire.packed import Formats, Packed
 from fewfire.progress import Progress, silent
-from fewfire.quantize import padded
-from fewfire.selectors.selection import Selection
+from fewfire.quantize import padded, row_bytes
+from fewfire.selectors.selection import COLUMNS, Columns, Selection, column_shape
 from fewfire.team import Team
 
 BATCH = 256  # tokens of a prompt that go through the layers together
@@ -73,6 +73,7 @@ class Engine:
         self._packed = packed  # owns the mapped weights
         self._layers = _layers(packed, selection, dense)
         self._work = Workspace(packed.config, threads, 0)
+        self._work.projected[..., 0] = [packed.arrays[name][0].nbytes for name in ("qkv", "o", "gate")]
         self._batch = Batch(packed.config, threads, TOKENS)
 
     @property
@@ -101,7 +102,7 @@ class Engine:
         """Bytes of weights that the last decoded token read; all of them before the first."""
         arrays, up = self._packed.arrays, int(self._model.record["down"][0])
         fired, kept = (int(n) for n in self.neurons_read().sum(axis=0))
-        always = sum(arrays[name].nbytes for name in ("qkv", "o", "gate")) + arrays["embed"].shape[2]
+        always = int(self._work.projected.sum()) + arrays["embed"].shape[2]
         head = arrays.get("head", arrays["embed"]).nbytes
         return always + head + up * fired + (arrays["updown"].shape[2] - up) * kept
 
@@ -206,6 +207,7 @@ def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int) -> Bu
         table_integer=1 if packed.formats.table == "q4" else 2,
         table_stride=arrays["embed"].strides[1],
         down=arrays["gate"].strides[1] if c.gated else 0,
+        **{f"{part}_column": row_bytes(packed.formats.down, column_shape(c, part)[1]) for part in COLUMNS},
         **strides,
     )
     model.record["act_threshold"] = c.act_threshold if c.hidden_act == "fatrelu" else 0.0
@@ -231,7 +233,7 @@ def _thresholds(packed: Packed, selection: Selection | None) -> dict[str, np.nda
             if value.shape != shape or value.dtype != np.float32:
                 raise ValueError(f"{name}: thresholds must be float32 {shape}, not {value.dtype} {value.shape}")
             found[name] = np.ascontiguousarray(value)
-        elif name != "method" and value not in (None, 1):
+        elif name not in ("method", *COLUMNS) and value not in (None, 1):
             raise ValueError(f"decoding cannot use {name!r} of a selection")
     return found
 
@@ -254,4 +256,28 @@ def _layers(packed: Packed, selection: Selection | None, dense: bool) -> Buffers
         # A layer that keeps everything is not tested, and so the same bits as without a selection.
         addresses = least.ctypes.data + least.strides[0] * np.arange(count)
         layers.record[f"{name}_least"] = np.where((least < 0).all(axis=1), 0, addresses)
+    for name in COLUMNS:
+        part = getattr(selection, name, None)
+        if part is not None:
+            _by_columns(packed, layers, name, part)
     return layers
+
+
+def _by_columns(packed: Packed, layers: Buffers, name: str, part: Columns) -> None:
+    """Sets a projection's fields in the layers that leave out any of its columns; the others read rows, as ever."""
+    inputs, outputs = column_shape(packed.config, name)
+    shape = packed.config.num_hidden_layers, inputs
+    stored = (*shape, row_bytes(packed.formats.down, outputs))
+    for what, array, dtype, size in (
+        ("columns", part.columns, np.uint8, stored),
+        ("thresholds", part.thresholds, np.float32, shape),
+    ):
+        if array.shape != size or array.dtype != dtype:
+            raise ValueError(f"{name}: {what} must be {np.dtype(dtype)} {size}, not {array.dtype} {array.shape}")
+    by_rows = (part.thresholds < 0).all(axis=1)
+    for field, array in (("columns", part.columns), ("least", part.thresholds)):
+        array = np.ascontiguousarray(array)
+        layers.point(f"{name}_{field}", array)
+        layers.record[f"{name}_{field}"] = np.where(
+            by_rows, 0, array.ctypes.data + array.strides[0] * np.arange(shape[0])
+        )

@@ -33,20 +33,22 @@ _SHAPE = """
 # Rows are `stride` bytes apart; a neuron's down row begins `down` bytes into its row of `updown`. `every` is the list
 # of all rows of any matrix, and some more for kernels to look ahead to; `frequencies` float32 (2, head_dim / 2):
 # radians per position of global and local layers; `table_integer` the bytes of one quant of a vector that meets the
-# tables' rows.
+# tables' rows; `qkv_column` and so on the bytes of a column of a projection (see `columns.py`).
 _TABLES = """
     embed positions head table_stride qkv_stride o_stride gate_stride updown_stride down
-    final_norm final_norm_bias frequencies rope_half every table_integer
+    final_norm final_norm_bias frequencies rope_half every table_integer qkv_column o_column ffn_column
 """
 MODEL = record(_PRIMITIVES + _SHAPE + _TABLES, "act_threshold eps attention_scale embedding_scale")
 
 # One layer: `active` is the list of neurons that it may need; `gate_least` and `down_least` are their thresholds, 0
-# where none is dropped (see `neurons.py`); `local` says whether it uses the local RoPE, `window` what it sees.
+# where none is dropped (see `neurons.py`); `qkv_columns` and so on are projections by columns, 0 where they are read by
+# rows, and `qkv_least` their inputs' thresholds (see `columns.py`); `local` says whether it uses the local RoPE,
+# `window` what it sees.
 LAYER = record(
     """
     qkv qkv_bias q_norm k_norm o o_bias gate gate_bias updown up_bias down_bias
     attn_norm attn_norm_bias attn_post_norm ffn_norm ffn_norm_bias ffn_post_norm local window active
-    gate_least down_least
+    gate_least down_least qkv_columns qkv_least o_columns o_least ffn_columns ffn_least
     """
 )
 

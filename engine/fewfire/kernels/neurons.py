@@ -68,6 +68,19 @@ def _keep(least, ids, values, size):
 
 
 @inline
+def _pick(values, rows, count, out):
+    """out[j] = values[rows[j]]."""
+    for j in range(0, 4 * count, 4):
+        store_f32(out + j, load_f32(values + 4 * load_i32(rows + j)))
+
+
+@inline
+def _meets_up(model, weights):
+    """Whether up rows are read, and not given by the columns of the whole projection (see `columns.py`)."""
+    return model.gated != 0 and weights.ffn_columns == 0
+
+
+@inline
 def _fire(model, weights, rows, count, gate, up):
     """gate *= up, for the neurons that `rows` lists, once the up rows have met x."""
     _add_listed(up, weights.up_bias, rows, count)
@@ -97,11 +110,11 @@ def _scatter(model, weights, ids, gate, up, count, x, block, y, scratch):
     stride, down = model.updown_stride, model.down
     rows, soon, fired, met = block, block + 4 * BLOCK, block + 8 * BLOCK, block + 12 * BLOCK
     for start in range(0, (count + 3) // 4, _STEP):
-        if model.gated:
+        if _meets_up(model, weights):
             end, later = min(start + _STEP, (count + 3) // 4), ids + 4 * _STEP
             call(model.gather_dot, (weights.updown, stride, ids, later, down, count, start, end, x, up))
         size = _fill_block(ids, gate, up, count, start, rows, soon, fired, met)
-        if model.gated:
+        if _meets_up(model, weights):
             _fire(model, weights, rows, size, fired, met)
         call(model.gather_axpy, (weights.updown + down, stride, rows, soon, size, fired, y, model.width, scratch))
 
@@ -110,7 +123,7 @@ def _scatter(model, weights, ids, gate, up, count, x, block, y, scratch):
 def _scatter_kept(model, weights, ids, gate, up, count, x, y, scratch):
     """The same of those neurons alone whose |act(gate) * up| is over their threshold; returns how many."""
     stride, down = model.updown_stride, model.down
-    if model.gated:
+    if _meets_up(model, weights):
         call(model.gather_dot, (weights.updown, stride, ids, ids + 4 * SOON, down, count, 0, (count + 3) // 4, x, up))
         _fire(model, weights, ids, count, gate, up)
     kept = _keep(weights.down_least, ids, gate, count)
@@ -137,18 +150,24 @@ def neuron_chunk(model, weights, work, layer, thread, chunk):
     size = _list_piece(weights.active + 4 * start, stop - start, begin, end, ids)
     if size > 0:
         _pad(ids, size)
-        stride, end = model.gate_stride, (size + 3) // 4
-        call(model.gather_dot, (weights.gate, stride, ids, ids + 4 * SOON, stride, size, 0, end, work.x, gate))
-        _add_listed(gate, weights.gate_bias, ids, size)
-        call(model.activate, (model.activation, model.act_threshold, gate, size))
+        if weights.ffn_columns != 0:
+            _pick(work.gates, ids, size, gate)
+        else:
+            stride, end = model.gate_stride, (size + 3) // 4
+            call(model.gather_dot, (weights.gate, stride, ids, ids + 4 * SOON, stride, size, 0, end, work.x, gate))
+            _add_listed(gate, weights.gate_bias, ids, size)
+            call(model.activate, (model.activation, model.act_threshold, gate, size))
         size = _keep(weights.gate_least, ids, gate, size)
     kept = size
     if size > 0:
         _pad(ids, size)
+        if weights.ffn_columns != 0 and model.gated != 0:
+            _pick(work.ups, ids, size, up)
+            multiply_by(gate, up, size)
         if weights.down_least != 0:
             kept = _scatter_kept(model, weights, ids, gate, up, size, work.x, y, scratch)
         else:
             _scatter(model, weights, ids, gate, up, size, work.x, block, y, scratch)
     read = work.read + 16 * (layer * NEURON_CHUNKS + chunk)
-    store_i64(read, size)
+    store_i64(read, size if weights.ffn_columns == 0 else 0)
     store_i64(read + 8, kept)
