@@ -8,12 +8,13 @@ from numpy.typing import ArrayLike
 from fewfire.config import ModelConfig
 from fewfire.kernels.attention import RANGE, SCORES
 from fewfire.kernels.axpy import BLOCK
+from fewfire.kernels.columns import COLUMN_CHUNKS, longest_list
 from fewfire.kernels.decode import WORK
 from fewfire.kernels.head import LIST, head_chunks
 from fewfire.kernels.prefill import BATCH, ROWS
 from fewfire.kernels.select import NEURON_CHUNKS, longest_chunk
 from fewfire.quantize import padded
-from fewfire.selectors.selection import Selection
+from fewfire.selectors.selection import COLUMNS, Selection, column_shape
 
 
 def head_width(c: ModelConfig) -> int:
@@ -110,8 +111,11 @@ class Workspace(Buffers):
         self.point("joined", attended.values)
         hidden, head, half = padded(c.hidden_size), head_width(c), c.head_dim // 2
         predictor = selection.predictor if selection else None
-        longest = _lines(longest_chunk(c.intermediate_size, predictor.group_size if predictor else 1))
-        factors, scores, ranges = _lines(axpy_scratch(c.hidden_size)), _lines(SCORES), -(-positions // RANGE)
+        # Projections by columns may need more; memory that nobody touches costs nothing.
+        inputs, outputs = (max(sizes) for sizes in zip(*(column_shape(c, part) for part in COLUMNS), strict=True))
+        chunk = longest_chunk(c.intermediate_size, predictor.group_size if predictor else 1)
+        longest = _lines(max(chunk, longest_list(inputs)))
+        factors, scores, ranges = _lines(axpy_scratch(outputs)), _lines(SCORES), -(-positions // RANGE)
         self.number(
             longest=longest,
             factors_stride=4 * factors,
@@ -121,12 +125,15 @@ class Workspace(Buffers):
         self.floats(
             hidden=(hidden,),
             delta=(hidden,),
-            qkv=(_qkv_rows(c),),
+            qkv=(padded(_qkv_rows(c)),),
             query=(c.num_attention_heads, head),
             key=(head,),
             parts=(c.num_attention_heads, ranges, head + 8),
             scores=(threads, scores),
-            partial=(NEURON_CHUNKS, hidden),
+            partial=(max(NEURON_CHUNKS * hidden, COLUMN_CHUNKS * padded(outputs)),),
+            gates=(padded(column_shape(c, "ffn")[1]) + 8,),
+            ups=(c.intermediate_size + 8,),
+            least=(1,),
             cos=(2, half),
             sin=(2, half),
             gate=(threads, longest),
@@ -139,8 +146,6 @@ class Workspace(Buffers):
             hint = Activation(predictor.basis.shape[1])
             self.activation("hint", hint)
             self.point("hint_values", hint.values)
-        if selection and selection.top is not None:
-            self.floats(gates=(c.intermediate_size,), least=(1,))
         self.read = np.zeros((c.num_hidden_layers, NEURON_CHUNKS, 3), np.int64)
         self.read[:, 0] = c.intermediate_size  # before the first token
         self.point("read", self.read)
@@ -152,6 +157,8 @@ class Workspace(Buffers):
             self.point("screened", reduced.values)
             self.floats(largest=(head_chunks(threads),), values=(threads, LIST))
             self.point("candidates", aligned((threads, LIST), np.int32))
+        self.projected = np.zeros((c.num_hidden_layers, 3, COLUMN_CHUNKS), np.int64)
+        self.point("projected", self.projected)
 
 
 class Batch(Buffers):

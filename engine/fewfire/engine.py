@@ -22,9 +22,9 @@ from fewfire.kernels.prefill import prefill
 from fewfire.layers import layer_records
 from fewfire.packed import Formats, Packed
 from fewfire.progress import Progress, silent
-from fewfire.quantize import padded
+from fewfire.quantize import padded, row_bytes
 from fewfire.selectors.parts import fitting
-from fewfire.selectors.selection import Screen, Selection
+from fewfire.selectors.selection import COLUMNS, Screen, Selection, column_shape
 from fewfire.team import Team
 
 BATCH = 256  # tokens of a prompt that go through the layers together
@@ -110,6 +110,7 @@ class Engine:
         self._layers = layer_records(self._packed, selection, dense)
         self._model = _model(self._packed, self._primitives, self._cell, selection.screen if selection else None)
         self._selection, self._work = selection, Workspace(self.config, self.threads, positions, selection)
+        self._unread = True
 
     def neurons_read(self) -> np.ndarray:
         """How many neurons' gate, up and down rows the last decoded token read, `(layers, 3)` int64.
@@ -122,12 +123,21 @@ class Engine:
     def bytes_read(self) -> int:
         """Bytes of weights that the last decoded token read, those of predictors included; all before the first."""
         arrays, up = self._packed.arrays, int(self._model.record["down"][0])
+        if self._unread:
+            return self._whole()
         met, fired, kept = (int(n) for n in self.neurons_read().sum(axis=0))
-        always = sum(arrays[name].nbytes for name in ("qkv", "o")) + arrays["embed"].shape[2]
-        used = self._layers.record
-        predictor = int((used["groups"] * used["predictor_stride"] + used["rank"] * used["basis_stride"]).sum())
+        layers = self._layers.record
+        predictor = int((layers["groups"] * layers["predictor_stride"] + layers["rank"] * layers["basis_stride"]).sum())
+        rows = sum(arrays[name][0].nbytes * int((layers[f"{name}_columns"] == 0).sum()) for name in ("qkv", "o"))
         neurons = arrays["gate"].shape[2] * met + up * fired + (arrays["updown"].shape[2] - up) * kept
-        return always + self._head_bytes() + predictor + neurons
+        projections = rows + int(self._work.projected.sum())
+        return arrays["embed"].shape[2] + projections + predictor + neurons + self._head_bytes()
+
+    def _whole(self) -> int:
+        """Bytes of weights that a token reads if nothing is left out."""
+        arrays = self._packed.arrays
+        names = ("qkv", "o", "gate", "updown", "head" if "head" in arrays else "embed")
+        return sum(arrays[name].nbytes for name in names) + int(arrays["embed"].shape[2])
 
     def _head_bytes(self) -> int:
         """What the last token read of the head, with what it took to know that."""
@@ -148,6 +158,7 @@ class Engine:
             if self._work.positions < cache.capacity:
                 self._work = Workspace(self.config, self.threads, cache.capacity, self._selection)
             work = self._work
+            self._unread = False
             cache.keep(position, self._selection.window if self._selection else 1)
             self._team.run(
                 decode, self._model.record, self._layers.record, work.record, cache.record,
@@ -240,6 +251,7 @@ def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int, scree
         table_integer=1 if packed.formats.table == "q4" else 2,
         table_stride=arrays["embed"].strides[1],
         down=arrays["gate"].strides[1] if c.gated else 0,
+        **{f"{part}_column": row_bytes(packed.formats.down, column_shape(c, part)[1]) for part in COLUMNS},
         **strides,
     )
     model.record["act_threshold"] = c.act_threshold if c.hidden_act == "fatrelu" else 0.0

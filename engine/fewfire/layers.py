@@ -8,7 +8,7 @@ from fewfire.buffers import Buffers
 from fewfire.config import EXACT_ZEROS
 from fewfire.kernels.layer import LAYER
 from fewfire.packed import Packed
-from fewfire.selectors.selection import Predictor, Selection
+from fewfire.selectors.selection import COLUMNS, Predictor, Selection
 
 
 def layer_records(packed: Packed, selection: Selection | None, dense: bool) -> Buffers:
@@ -39,6 +39,12 @@ def _select(layers: Buffers, selection: Selection, neurons: int) -> None:
             layers.record[f"{name}_least"][(least < 0).all(axis=1)] = 0
     if selection.top is not None:
         layers.record["top"] = np.where(selection.top < neurons, selection.top, -1)
+    for name in COLUMNS:
+        part = getattr(selection, name)
+        if part is not None:
+            used = (part.thresholds >= 0).any(axis=1)
+            layers.point_each(f"{name}_columns", part.columns, used)
+            layers.point_each(f"{name}_least", part.thresholds, used)
     if selection.predictor:
         _predict(layers, selection.predictor)
 

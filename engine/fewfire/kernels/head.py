@@ -17,6 +17,7 @@ from fewfire.kernels.layer import all_rows, quantize, row_chunks
 from fewfire.kernels.simd import call, load_f32, load_i32, store_f32, store_i32, store_i64
 from fewfire.kernels.team import REGIONS, advance, finish, take, wait
 
+_HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
 _CHUNKS = 16  # that the vocabulary is shared out in, for each thread
 _LISTED = 256  # candidates that are computed together
 LIST = _LISTED + SOON  # entries of a thread's list of candidates
@@ -79,16 +80,31 @@ def _exact_part(model, start, stop, least, x, ids, values, logits):
     return found
 
 
-@inline
-def screened_head(team, phase, thread, model, work, x, logits):
-    """Logits `(vocab,)` of the final hidden state x through the screen; leaves how many were exact in `work.exact`."""
+@step
+def all_logits(model, team, phase, thread, work, logits):
+    """Logits `(vocab,)` of the final hidden state, all of them exact."""
+    chunks = _HEAD_CHUNKS * row_chunks(team)
+    while True:
+        chunk = take(team, phase, thread, chunks)
+        if chunk < 0:
+            break
+        matrix, size = (model.head, model.table_stride), model.vocab
+        all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, work.x, logits)
+        if finish(team, chunks):
+            advance(team, phase)
+    wait(team, phase)
+
+
+@step
+def screened_logits(model, team, phase, thread, work, logits):
+    """Logits `(vocab,)` of the final hidden state through the screen; leaves how many were exact in `work.exact`."""
     chunks = row_chunks(team)
     while True:
         chunk = take(team, phase, thread, chunks)
         if chunk < 0:
             break
         matrix, size = (model.screen_basis, model.table_stride), model.screen_rank
-        all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, x, work.screened)
+        all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, work.x, work.screened)
         if finish(team, chunks):
             quantize(model.quantize, work.reduced, 0)
             advance(team, phase)
@@ -114,7 +130,7 @@ def screened_head(team, phase, thread, model, work, x, logits):
         if chunk < 0:
             break
         start, stop = _part(model, chunk, chunks)
-        store_i64(work.exact + 8 * chunk, _exact_part(model, start, stop, least, x, ids, values, logits))
+        store_i64(work.exact + 8 * chunk, _exact_part(model, start, stop, least, work.x, ids, values, logits))
         if finish(team, chunks):
             advance(team, phase)
     wait(team, phase)

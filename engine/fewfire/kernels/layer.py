@@ -34,23 +34,26 @@ _SHAPE = """
 # Rows are `stride` bytes apart; a neuron's down row begins `down` bytes into its row of `updown`. `every` is the list
 # of all rows of any matrix, and some more for kernels to look ahead to; `frequencies` float32 (2, head_dim / 2):
 # radians per position of global and local layers; `table_integer` the bytes of one quant of a vector that meets the
-# tables' rows. `screen` is the head at low rank (see `head.py`), 0 if there is none.
+# tables' rows; `qkv_column` and so on the bytes of a column of a projection (see `columns.py`). `screen` is the head at
+# low rank (see `head.py`), 0 if there is none.
 _TABLES = """
     embed positions head table_stride qkv_stride o_stride gate_stride updown_stride down
-    final_norm final_norm_bias frequencies rope_half every table_integer
+    final_norm final_norm_bias frequencies rope_half every table_integer qkv_column o_column ffn_column
     screen screen_stride screen_basis screen_bias screen_rank
 """
 MODEL = record(_PRIMITIVES + _SHAPE + _TABLES, "act_threshold eps attention_scale embedding_scale screen_margin")
 
-# One layer: `local` says whether it uses the local RoPE, `window` what it sees. What its FFN may leave out (see
-# `select.py`): `active` lists its neurons, group by group of `group_size`; `predictor` are rows that score the
-# `groups`, `predictor_bias` is added to that; they meet `rank` rows of `basis` times x, or x where there are none;
-# `early` says that x is the attention's. `gate_least` and `down_least` are the neurons' thresholds, `top` is how many
-# are kept, or -1. Addresses are 0 where nothing is dropped.
+# One layer: `local` says whether it uses the local RoPE, `window` what it sees. `qkv_columns` and so on are projections
+# by columns, 0 where they are read by rows, and `qkv_least` their inputs' thresholds (see `columns.py`). What its FFN
+# may leave out (see `select.py`): `active` lists its neurons, group by group of `group_size`; `predictor` are rows that
+# score the `groups`, `predictor_bias` is added to that; they meet `rank` rows of `basis` times x, or x where there are
+# none; `early` says that x is the attention's. `gate_least` and `down_least` are the neurons' thresholds, `top` is how
+# many are kept, or -1. Addresses are 0 where nothing is dropped.
 LAYER = record(
     """
     qkv qkv_bias q_norm k_norm o o_bias gate gate_bias updown up_bias down_bias
     attn_norm attn_norm_bias attn_post_norm ffn_norm ffn_norm_bias ffn_post_norm local window active
+    qkv_columns qkv_least o_columns o_least ffn_columns ffn_least
     predictor predictor_stride predictor_bias groups group_size basis basis_stride rank early
     gate_least down_least top
     """

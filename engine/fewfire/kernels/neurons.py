@@ -16,6 +16,19 @@ _STEP = BLOCK // 4  # of each quarter of a list, neurons that are scattered toge
 
 
 @inline
+def _listed(values, ids, size, out):
+    """out[j] = values[ids[j]]."""
+    for j in range(0, 4 * size, 4):
+        store_f32(out + j, load_f32(values + 4 * load_i32(ids + j)))
+
+
+@inline
+def _meets_up(model, weights):
+    """Whether up rows are read, and not given by the columns of the whole projection (see `columns.py`)."""
+    return model.gated != 0 and weights.ffn_columns == 0
+
+
+@inline
 def _fire(model, weights, rows, count, gate, up):
     """gate *= up, for the neurons that `rows` lists, once the up rows have met x."""
     add_listed(up, weights.up_bias, rows, count)
@@ -45,11 +58,11 @@ def _scatter(model, weights, ids, gate, up, count, x, block, y, scratch):
     stride, down = model.updown_stride, model.down
     rows, soon, fired, met = block, block + 4 * BLOCK, block + 8 * BLOCK, block + 12 * BLOCK
     for start in range(0, (count + 3) // 4, _STEP):
-        if model.gated:
+        if _meets_up(model, weights):
             end, later = min(start + _STEP, (count + 3) // 4), ids + 4 * _STEP
             call(model.gather_dot, (weights.updown, stride, ids, later, down, count, start, end, x, up))
         size = _fill_block(ids, gate, up, count, start, rows, soon, fired, met)
-        if model.gated:
+        if _meets_up(model, weights):
             _fire(model, weights, rows, size, fired, met)
         call(model.gather_axpy, (weights.updown + down, stride, rows, soon, size, fired, y, model.width, scratch))
 
@@ -58,7 +71,7 @@ def _scatter(model, weights, ids, gate, up, count, x, block, y, scratch):
 def _scatter_kept(model, weights, kept, ids, gate, up, count, x, y, scratch):
     """The same of those neurons alone whose |act(gate) * up| is over their threshold; returns how many."""
     stride, down = model.updown_stride, model.down
-    if model.gated:
+    if _meets_up(model, weights):
         call(model.gather_dot, (weights.updown, stride, ids, ids + 4 * SOON, down, count, 0, (count + 3) // 4, x, up))
         _fire(model, weights, ids, count, gate, up)
     left, later = keep(weights.down_least, 4, kept, ids, gate, count), ids + 4 * BLOCK
@@ -82,28 +95,25 @@ def neuron_chunk(model, weights, work, layer, thread, chunk, kept):
     met = candidates(model, weights, work, chunk, kept, ids, up, gate)
     size = met
     if size > 0:
-        if weights.top < 0:
-            gates(model, weights, work.x, ids, size, gate)
-        else:
+        if weights.top >= 0 or weights.ffn_columns != 0:
             _listed(work.gates, ids, size, gate)
+        else:
+            gates(model, weights, work.x, ids, size, gate)
+        if weights.top >= 0:
             size = keep(work.least, 0, kept, ids, gate, size)
         size = keep(weights.gate_least, 4, kept, ids, gate, size)
     left = size
     if size > 0:
         pad(ids, size)
+        if weights.ffn_columns != 0 and model.gated != 0:
+            _listed(work.ups, ids, size, up)
+            multiply_by(gate, up, size)
         if weights.down_least != 0:
             left = _scatter_kept(model, weights, kept, ids, gate, up, size, work.x, y, scratch)
         else:
             _scatter(model, weights, ids, gate, up, size, work.x, block, y, scratch)
         keep_on(kept, ids, left)
-    read = work.read + 24 * (layer * NEURON_CHUNKS + chunk)
-    store_i64(read, met)
-    store_i64(read + 8, size)
+    by_rows, read = weights.ffn_columns == 0, work.read + 24 * (layer * NEURON_CHUNKS + chunk)
+    store_i64(read, met if by_rows else 0)
+    store_i64(read + 8, size if by_rows else 0)
     store_i64(read + 16, left)
-
-
-@inline
-def _listed(values, ids, size, out):
-    """out[j] = values[ids[j]]."""
-    for j in range(0, 4 * size, 4):
-        store_f32(out + j, load_f32(values + 4 * load_i32(ids + j)))
