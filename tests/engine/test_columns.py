@@ -259,5 +259,5 @@ def test_wrong_columns_are_refused(packed_path: PackedPath) -> None:
         ("thresholds", dataclasses.replace(right, thresholds=right.thresholds[:, 0])),
         ("thresholds", dataclasses.replace(right, thresholds=right.thresholds.astype(float))),
     ):
-        with pytest.raises(ValueError, match=f"o: {what} must be"):
+        with pytest.raises(ValueError, match=f"o.{what} is"):
             model.engine.select(Selection("o", o=wrong))
