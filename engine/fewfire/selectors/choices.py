@@ -128,9 +128,8 @@ def _columns(packed: Packed) -> dict[str, int]:
 
 
 def _added(packed: Packed, kind: str, fits: Sequence[Fit]) -> float:
-    """Bytes that a layer reads in addition wherever the kind leaves something out."""
+    """Bytes of weights that a layer reads in addition wherever the kind leaves something out."""
     if KINDS[kind].field not in ("predictor", "screen"):
         return 0.0
     filled = KINDS[kind].fill(packed, fits, [float(fit["densities"][0]) for fit in fits])
-    arrays = [filled.rows, filled.bias] + ([] if filled.basis is None else [filled.basis])
-    return sum(array.nbytes for array in arrays) / len(fits)
+    return (filled.rows.nbytes + (0 if filled.basis is None else filled.basis.nbytes)) / len(fits)

@@ -1,4 +1,4 @@
-"""What parts of a model have to choose from: bytes that add up to the model's, and nothing that another setting beats."""
+"""What parts of a model choose from: bytes that add up to the model's, and nothing that another setting beats."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_tests_of_a_neuron_come_one_after_the_other(packed: Packed) -> None:
     c, of = packed.config, packed.formats
     row, down = row_bytes(of.rows, c.hidden_size), row_bytes(of.down, c.hidden_size)
     up, n = row if c.gated else 0, c.intermediate_size
-    added = 10 * 20 + 4 * 10 + 4 * 5
+    added = 10 * 20 + 4 * 5
     for choice in choices(packed, fits(packed, *kinds), weights(packed, *kinds)):
         for read, s in zip(choice.bytes, choice.settings, strict=True):
             fired = min(s["lowrank"], s["gate"])
@@ -100,5 +100,5 @@ def test_the_head_has_its_screen_to_pay_for(packed: Packed) -> None:
     head = packed.arrays.get("head", packed.arrays["embed"]).nbytes
     (choice,) = choices(packed, fits(packed, "screen"), {"screen": [1.0]})
     for read, damage, setting in list(zip(choice.bytes, choice.damage, choice.settings, strict=True))[1:]:
-        assert read == pytest.approx(head * setting["screen"] + 300 * 2 + 300 * 4)
+        assert read == pytest.approx(head * setting["screen"] + 300 * 2)
         assert damage == pytest.approx(np.interp(setting["screen"], [0.1, 0.5, 0.9, 1.0], [0.81, 0.25, 0.01, 0.0]))
