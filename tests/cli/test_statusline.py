@@ -17,8 +17,8 @@ class Screen(io.StringIO):
         return True
 
 
-@pytest.fixture
-def screen(monkeypatch):
+def at_a_terminal(monkeypatch) -> Screen:
+    """Not a fixture, because pytest takes standard error back before a test."""
     screen = Screen()
     monkeypatch.setattr("sys.stderr", screen)
     monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((20, 10)))
@@ -27,7 +27,8 @@ def screen(monkeypatch):
     return screen
 
 
-def test_a_line_in_the_last_row(screen):
+def test_a_line_in_the_last_row(monkeypatch):
+    screen = at_a_terminal(monkeypatch)
     with StatusLine(True) as status:
         status.show("x" * 50)
         first = screen.getvalue()
@@ -39,7 +40,9 @@ def test_a_line_in_the_last_row(screen):
     assert screen.getvalue().endswith("\x1b7\x1b[r\x1b[10;1H\x1b[K\x1b8")
 
 
-def test_the_rows_come_back_after_a_failure(screen):
+def test_the_rows_come_back_after_a_failure(monkeypatch):
+    screen = at_a_terminal(monkeypatch)
+
     def stopped():
         with StatusLine(True) as status:
             status.show("x")
@@ -51,7 +54,8 @@ def test_the_rows_come_back_after_a_failure(screen):
 
 
 @pytest.mark.parametrize("why", ["unwanted", "pipe", "dumb", "small", "no text"])
-def test_nothing_is_written(screen, monkeypatch, why):
+def test_nothing_is_written(monkeypatch, why):
+    screen = at_a_terminal(monkeypatch)
     if why == "pipe":
         monkeypatch.setattr(screen, "isatty", lambda: False)
     if why == "dumb":
