@@ -175,8 +175,12 @@ class Calibration:
             return _summary(damage.measure(self.model, cut, dense, self.progress, stage))
 
         measured = dict(self.notebook.number(f"trial {method} {_digest(densities)} {tokens}", compute))
-        left_out = self.packed.bytes_per_token() - measured["bytes_per_token"]
-        return Trial(method, densities, 1 - left_out / governed_bytes(self.packed, parse(method).kinds), measured)
+        return Trial(method, densities, self.density(method, measured["bytes_per_token"]), measured)
+
+    def density(self, method: str, bytes_per_token: float) -> float:
+        """The share read of the bytes that a method may leave out, with all that it reads in addition."""
+        left_out = self.packed.bytes_per_token() - bytes_per_token
+        return 1 - left_out / governed_bytes(self.packed, parse(method).kinds)
 
     @property
     def scored(self) -> int:
