@@ -65,9 +65,10 @@ def choices(packed: Packed, fits: Mapping[str, Sequence[Fit]], weights: Mapping[
 
 def _axes(part: str, fits: Mapping[str, Fit]) -> list[np.ndarray]:
     """The densities of each kind, rising, as far as they were measured."""
+    if part == "head":  # from the largest that was measured on, a screen keeps everything
+        measured = [fit["densities"] for fit in fits.values()]
+        return [np.append(np.geomspace(each[0], each[-2], _HEAD), 1.0) for each in measured]
     least = [float(fit["densities"][0]) for fit in fits.values()]
-    if part == "head":
-        return [np.geomspace(each, 1, _HEAD) for each in least]
     grid = _GRID if len(fits) < 3 else _COARSE
     return [np.append(grid[(grid >= each) & (grid < 1)], 1.0) for each in least]
 
@@ -132,4 +133,5 @@ def _added(packed: Packed, kind: str, fits: Sequence[Fit]) -> float:
     if KINDS[kind].field not in ("predictor", "screen"):
         return 0.0
     filled = KINDS[kind].fill(packed, fits, [float(fit["densities"][0]) for fit in fits])
-    return (filled.rows.nbytes + (0 if filled.basis is None else filled.basis.nbytes)) / len(fits)
+    bias = filled.bias.nbytes if KINDS[kind].field == "screen" else 0  # of predictors it is not worth counting
+    return (filled.rows.nbytes + bias + (0 if filled.basis is None else filled.basis.nbytes)) / len(fits)

@@ -100,5 +100,5 @@ def test_the_head_has_its_screen_to_pay_for(packed: Packed) -> None:
     head = packed.arrays.get("head", packed.arrays["embed"]).nbytes
     (choice,) = choices(packed, fits(packed, "screen"), {"screen": [1.0]})
     for read, damage, setting in list(zip(choice.bytes, choice.damage, choice.settings, strict=True))[1:]:
-        assert read == pytest.approx(head * setting["screen"] + 300 * 2)
+        assert read == pytest.approx(head * setting["screen"] + 300 * (2 + 4))
         assert damage == pytest.approx(np.interp(setting["screen"], [0.1, 0.5, 0.9, 1.0], [0.81, 0.25, 0.01, 0.0]))
