@@ -91,7 +91,7 @@ def _qkv_rows(c: ModelConfig) -> int:
 
 
 class Workspace(Buffers):
-    """Buffers for decoding one token over a cache of up to so many positions, with a screened head of some rank or 0."""
+    """Buffers for decoding one token over so many positions, with a screened head of a rank over 0."""
 
     def __init__(self, c: ModelConfig, threads: int, positions: int, rank: int = 0) -> None:
         super().__init__(WORK)
