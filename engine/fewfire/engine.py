@@ -124,7 +124,7 @@ class Engine:
         """Bytes of weights that the last decoded token read, those of predictors included; all before the first."""
         arrays, up = self._packed.arrays, int(self._model.record["down"][0])
         if self._unread:
-            return self._whole()
+            return self._packed.bytes_per_token()
         met, fired, kept = (int(n) for n in self.neurons_read().sum(axis=0))
         layers = self._layers.record
         predictor = int((layers["groups"] * layers["predictor_stride"] + layers["rank"] * layers["basis_stride"]).sum())
@@ -132,12 +132,6 @@ class Engine:
         neurons = arrays["gate"].shape[2] * met + up * fired + (arrays["updown"].shape[2] - up) * kept
         projections = rows + int(self._work.projected.sum())
         return arrays["embed"].shape[2] + projections + predictor + neurons + self._head_bytes()
-
-    def _whole(self) -> int:
-        """Bytes of weights that a token reads if nothing is left out."""
-        arrays = self._packed.arrays
-        names = ("qkv", "o", "gate", "updown", "head" if "head" in arrays else "embed")
-        return sum(arrays[name].nbytes for name in names) + int(arrays["embed"].shape[2])
 
     def _head_bytes(self) -> int:
         """What the last token read of the head, with what it took to know that."""
