@@ -64,10 +64,13 @@ def calibrate(
 
     \b
     Methods, several of which can be joined with +:
-      gate     neurons with a large |act(gate)| alone read up and down (CATS)
-      topk     so many neurons of a layer do, where it is largest (Lazy Neuron)
-      down     neurons with a large |act(gate) * up| alone read down (TEAL)
-      reuse-8  what 8 tokens in a row have read stays read (ReLU Strikes Back)
+      gate       neurons with a large |act(gate)| alone read up and down (CATS)
+      topk       so many neurons a layer do, where it is largest (Lazy Neuron)
+      down       neurons with a large |act(gate) * up| alone read down (TEAL)
+      magnitude  large inputs of all projections (TEAL)
+      qkv, o     large inputs of these projections alone
+      screen     exact logits of tokens near the largest in a low-rank head
+      reuse-8    what 8 tokens in a row have read stays read (ReLU Strikes Back)
     ReLU models leave out what is exactly zero without a calibration.
 
     \b

@@ -18,7 +18,7 @@ from fewfire import reference
 from fewfire.config import EXACT_ZEROS
 from fewfire.observe import Layer
 from fewfire.packed import Packed
-from fewfire.selectors import screen, threshold, top
+from fewfire.selectors import magnitude, screen, threshold, top
 from fewfire.selectors.selection import Selection
 from fewfire.selectors.threshold import Curve
 
@@ -77,6 +77,9 @@ KINDS: dict[str, Kind] = {
     "down": Kind("down", "ffn", _down, _thresholds, "down"),
     "gate": Kind("gate", "ffn", _gate, _thresholds, "down"),
     "top": Kind("top", "ffn", _top, _counts, "down"),
+    "ffn": Kind("ffn", "ffn", magnitude.fit_ffn, magnitude.fill_ffn, "down"),
+    "qkv": Kind("qkv", "qkv", magnitude.fit_qkv, magnitude.fill_qkv, "qkv"),
+    "o": Kind("o", "o", magnitude.fit_o, magnitude.fill_o, "o"),
     "screen": Kind("screen", "head", screen.fit, screen.fill, None),
 }
 #: The kinds that a method consists of.
@@ -84,11 +87,14 @@ METHODS: dict[str, tuple[str, ...]] = {
     "down": ("down",),
     "gate": ("gate",),
     "topk": ("top",),
+    "magnitude": ("qkv", "o", "ffn", "down"),
+    "qkv": ("qkv",),
+    "o": ("o",),
     "screen": ("screen",),
 }
 #: What is tried if no method is asked for. What one has, another need not repeat with less: each layer decides by
 #: itself whether a kind is worth its bytes there.
-USUAL = ("gate+screen", "gate+down+screen")
+USUAL = ("gate+screen", "gate+down+o+screen")
 _REUSE = re.compile(r"reuse-([1-9][0-9]{0,3})")
 
 
