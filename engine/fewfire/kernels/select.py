@@ -77,7 +77,7 @@ def _list_piece(listed, count, chunk, ids):
     start, stop = count * (chunk // _PIECES) // _GROUPS, count * (chunk // _PIECES + 1) // _GROUPS
     quarter, piece, size = (stop - start + 3) // 4, chunk % _PIECES, ZERO
     begin, end = quarter * piece // _PIECES, quarter * (piece + 1) // _PIECES
-    for part in range(start, start + 4 * quarter, quarter):
+    for part in range(start, start + 4 * quarter, max(quarter, 1)):  # a router has few groups, some chunks none
         for i in range(part + begin, min(part + end, stop)):
             store_i32(ids + 4 * size, load_i32(listed + 4 * i))
             size += 1
