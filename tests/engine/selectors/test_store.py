@@ -46,7 +46,7 @@ def everything(packed: Packed) -> Selection:
         return quantize.encode(values, weights, "dot").view(np.uint8).reshape(*shape, -1)
 
     def columns(inputs: int, outputs: int) -> Columns:
-        return Columns(rows(of.down, outputs, layers, inputs), random.random(layers, np.float32))
+        return Columns(rows(of.down, outputs, layers, inputs), random.random((layers, inputs), np.float32))
 
     limits = random.random((layers, neurons), np.float32)
     limits[0, 0], limits[1, 1] = np.inf, -1
