@@ -2,7 +2,7 @@
 
 TEAL (2408.14690) skips the columns of a projection whose input is small. What a column does to the output depends on
 its norm too, so inputs are weighted with that (WINA, 2505.19427). q, k and v share their inputs and so what is skipped,
-and so do gate and up. Of up and down, `down` (see `threshold.py`) is the other half of TEAL.
+and so do gate and up. The inputs of down are the method `down` (see `threshold.py`).
 
 A fit is a `threshold.Curve`. The errors of o and of gate and up are those of the block's output beside the residual
 stream. What an error of q, k and v does to the output, attention decides: theirs is relative to themselves, which is

@@ -42,8 +42,8 @@ class Predictor:
 class Columns:
     """A projection by columns: those whose input's absolute value is not over its threshold are not read.
 
-    The stored rows are the columns of the projection, in the layout and format of down rows. Where all thresholds of a
-    layer are -1, the projection is read by rows.
+    The stored rows are the columns of the projection, in the layout and format of down rows; kernels may read up to 63
+    bytes behind the last. Where all thresholds of a layer are -1, the projection is read by rows.
     """
 
     columns: np.ndarray  # (layers, inputs, bytes of a row of `outputs` columns) uint8

@@ -46,7 +46,7 @@ def everything(packed: Packed) -> Selection:
         return quantize.encode(values, weights, "dot").view(np.uint8).reshape(*shape, -1)
 
     def columns(inputs: int, outputs: int) -> Columns:
-        return Columns(rows(of.down, outputs, layers, inputs), random.random(layers, np.float32))
+        return Columns(rows(of.down, outputs, layers, inputs), random.random((layers, inputs), np.float32))
 
     limits = random.random((layers, neurons), np.float32)
     limits[0, 0], limits[1, 1] = np.inf, -1
@@ -279,9 +279,9 @@ def test_edited_description(packed: Packed) -> None:
         ({"gate": np.zeros((3, 95), np.float32)}, "gate is"),
         ({"gate": np.zeros((3, 96))}, "float64"),
         ({"top": np.array([1, 2, 97], np.int32)}, "top"),
-        ({"qkv": Columns(np.zeros((3, 64, 4), np.uint8), np.zeros(3, np.float32))}, "qkv.columns"),
-        ({"o": Columns(np.zeros((3, 64, 68), np.uint8), np.full(3, np.nan, np.float32))}, "o.thresholds has NaN"),
-        ({"o": Columns(np.full((3, 64, 68), 0xFF, np.uint8), np.zeros(3, np.float32))}, "not finite"),
+        ({"qkv": Columns(np.zeros((3, 64, 4), np.uint8), np.zeros((3, 64), np.float32))}, "qkv.columns"),
+        ({"o": Columns(np.zeros((3, 64, 68), np.uint8), np.full((3, 64), np.nan, np.float32))}, "o.thresholds has NaN"),
+        ({"o": Columns(np.full((3, 64, 68), 0xFF, np.uint8), np.zeros((3, 64), np.float32))}, "not finite"),
         ({"window": 0}, "incomplete"),
     ],
 )
