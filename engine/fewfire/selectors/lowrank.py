@@ -1,0 +1,55 @@
+"""The method `lowrank`: a small matrix product guesses which neurons matter, before any of their rows is read.
+
+score = B (A x) + bias, as in Deja Vu (2310.17157) and PowerInfer (2312.12456), but fitted without a training run. A:
+the functions of the input that predict what the gates see best, in closed form. B: by logistic regression of whether a
+neuron is worth reading on A x, with A as it is stored (`scores.py`). A is not trained further: on SmolLM2-135M bases
+from that regression itself were no better, and far worse in the last layers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fewfire.observe import Layer
+from fewfire.packed import Packed
+from fewfire.quantize import decode, encode
+from fewfire.selectors import fitting
+from fewfire.selectors.fitting import Fit, fill
+from fewfire.selectors.scores import Linear, constant, held_out, reduced_rank, refined
+
+__all__ = ["fill", "fit", "rank_of"]
+
+
+def rank_of(hidden: int) -> int:
+    """The usual rank for a model's hidden size: a multiple of 64, which is what rows are padded to."""
+    return max(64, hidden // 8 // 64 * 64) if hidden > 64 else hidden
+
+
+def fit(packed: Packed, layer: Layer, *, rank: int | None = None, early: bool = False) -> Fit:
+    """Fits one layer: `fitting.curve`'s arrays, and what the layer adds to a `Predictor`.
+
+    rank: of A, from 1 to the hidden size. early: from the attention's input, so that the answer is there before it is
+    wanted, which costs accuracy. A quarter of the tokens is held out to measure errors.
+    """
+    inputs, form = layer.attn_in if early else layer.ffn_in, packed.formats.rows
+    rank = rank_of(inputs.shape[1]) if rank is None else rank
+    held = held_out(len(inputs))
+    seen = layer.ffn_in[~held] @ layer.tensors["gate.weight"].T
+    functions = reduced_rank(inputs[~held], seen, rank)
+    # Scores are only compared with each other, so all may be scaled, and float16 scales are most exact around 1.
+    size = np.sqrt(np.square(functions).sum() / np.float32(rank))
+    basis = encode(functions / size, form, "dot")
+    z = inputs @ decode(basis, form, "dot", inputs.shape[1]).T
+    mean = z[~held].mean(axis=0)
+    worth = fitting.worth(packed, fitting.damage(packed, layer)[~held])
+    found = refined(constant(worth, rank), (z[~held] - mean) * size, worth)
+    rows, scores = fitting.stored(packed, Linear(found.rows, found.bias / size))
+    scores = scores._replace(bias=scores.bias - scores.rows @ mean)
+    members = np.arange(worth.shape[1], dtype=np.int32)
+    return fitting.curve(packed, layer, scores(z[held]), members, held) | {
+        "rows": rows,
+        "basis": basis,
+        "bias": scores.bias,
+        "members": members,
+        "early": np.array(early),
+    }

@@ -1,0 +1,51 @@
+"""Layers that are made up, so that it is known what there is to find in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fewfire.config import ModelConfig, Rope
+from fewfire.observe import Layer
+from fewfire.packed import Packed
+
+HIDDEN, NEURONS = 128, 200
+
+
+def packed(weights: str = "f32", act: str = "silu", neurons: int = NEURONS) -> Packed:
+    """A packed model without any weights: what fitting asks it for is its config and its formats."""
+    config = ModelConfig(
+        "planted",
+        100,
+        HIDDEN,
+        neurons,
+        1,
+        2,
+        2,
+        64,
+        256,
+        hidden_act="silu" if act == "silu" else "relu",
+        rope=Rope(1e4),
+    )
+    return Packed(Path("planted"), "planted", config, weights, {})
+
+
+def layer(
+    random: np.random.Generator, act: str = "silu", tokens: int = 2048, rank: int = 8, neurons: int = NEURONS
+) -> Layer:
+    """Gates of a rank, on inputs that differ a lot in size; with ReLU a fifth of the neurons fires."""
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape, np.float32)
+
+    sizes = np.geomspace(0.2, 3, HIDDEN).astype(np.float32)
+    x = normal(tokens, HIDDEN) * sizes + 1
+    gate = normal(neurons, rank) @ normal(rank, HIDDEN) / np.float32((rank * HIDDEN) ** 0.5)
+    seen = x @ gate.T
+    shift = np.quantile(seen, 0.8, axis=0).astype(np.float32) if act == "relu" else np.float32(0)
+    activated = np.maximum(seen - shift, 0) if act == "relu" else seen / (1 + np.exp(-seen))
+    up = normal(tokens, neurons)
+    tensors = {"gate.weight": gate, "down.weight": normal(HIDDEN, neurons)}
+    early = x + normal(tokens, HIDDEN) * sizes / 2
+    return Layer(0, early, x, x, activated, up, activated * up, normal(tokens, HIDDEN), tensors)
