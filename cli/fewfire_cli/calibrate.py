@@ -67,6 +67,8 @@ def calibrate(
       gate       neurons with a large |act(gate)| alone read up and down (CATS)
       topk       so many neurons a layer do, where it is largest (Lazy Neuron)
       down       neurons with a large |act(gate) * up| alone read down (TEAL)
+      lowrank    neurons that a low-rank predictor chooses (Deja Vu)
+      router     groups of neurons that a router chooses (LTE)
       magnitude  large inputs of all projections (TEAL)
       qkv, o     large inputs of these projections alone
       screen     exact logits of tokens near the largest in a low-rank head

@@ -18,7 +18,7 @@ from fewfire.packed import open_packed
 from fewfire.selectors.methods import KINDS, METHODS, parse
 
 PackedPath = Callable[[str, str], Path]
-COMBINED = ("gate+down", "gate+down+qkv+o+screen", "gate+reuse-4", "magnitude+screen")
+COMBINED = ("gate+down", "lowrank+gate+down+qkv+o+screen", "gate+reuse-4", "magnitude+screen")
 
 
 def decoded(model: Model) -> np.ndarray:

@@ -18,7 +18,7 @@ from fewfire import reference
 from fewfire.config import EXACT_ZEROS
 from fewfire.observe import Layer
 from fewfire.packed import Packed
-from fewfire.selectors import magnitude, screen, threshold, top
+from fewfire.selectors import lowrank, magnitude, router, screen, threshold, top
 from fewfire.selectors.selection import Selection
 from fewfire.selectors.threshold import Curve
 
@@ -77,6 +77,8 @@ KINDS: dict[str, Kind] = {
     "down": Kind("down", "ffn", _down, _thresholds, "down"),
     "gate": Kind("gate", "ffn", _gate, _thresholds, "down"),
     "top": Kind("top", "ffn", _top, _counts, "down"),
+    "lowrank": Kind("predictor", "ffn", lowrank.fit, lowrank.fill, "down"),
+    "router": Kind("predictor", "ffn", router.fit, router.fill, "down"),
     "ffn": Kind("ffn", "ffn", magnitude.fit_ffn, magnitude.fill_ffn, "down"),
     "qkv": Kind("qkv", "qkv", magnitude.fit_qkv, magnitude.fill_qkv, "qkv"),
     "o": Kind("o", "o", magnitude.fit_o, magnitude.fill_o, "o"),
@@ -87,6 +89,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "down": ("down",),
     "gate": ("gate",),
     "topk": ("top",),
+    "lowrank": ("lowrank",),
+    "router": ("router",),
     "magnitude": ("qkv", "o", "ffn", "down"),
     "qkv": ("qkv",),
     "o": ("o",),
