@@ -208,6 +208,6 @@ def test_a_screen_of_another_shape_is_refused(packed_path: PackedPath, random: n
         replace(screen, rank=200),
         replace(screen, margin=float("nan")),
     ):
-        with pytest.raises(ValueError, match="the selection does not fit the model: screen"):
+        with pytest.raises(ValueError, match="the selection does not fit the model"):
             model.engine.select(Selection("screen", screen=wrong))
     np.testing.assert_array_equal(decoded(model), before)
