@@ -15,7 +15,7 @@ from fewfire.packed import Packed
 from fewfire.quantize import decode, encode
 from fewfire.selectors import fitting
 from fewfire.selectors.fitting import Fit, fill
-from fewfire.selectors.scores import Linear, constant, held_out, reduced_rank, refined
+from fewfire.selectors.scores import Linear, guessed, held_out, reduced_rank, refined
 
 __all__ = ["fill", "fit", "rank_of"]
 
@@ -42,7 +42,8 @@ def fit(packed: Packed, layer: Layer, *, rank: int | None = None, early: bool = 
     z = inputs @ decode(basis, form, "dot", inputs.shape[1]).T
     mean = z[~held].mean(axis=0)
     worth = fitting.worth(packed, fitting.damage(packed, layer)[~held])
-    found = refined(constant(worth, rank), (z[~held] - mean) * size, worth)
+    features = (z[~held] - mean) * size
+    found = refined(guessed(seen, features, worth), features, worth)
     rows, scores = fitting.stored(packed, Linear(found.rows, found.bias / size))
     scores = scores._replace(bias=scores.bias - scores.rows @ mean)
     members = np.arange(worth.shape[1], dtype=np.int32)

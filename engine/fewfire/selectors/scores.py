@@ -19,7 +19,8 @@ import scipy.linalg
 _RIDGE = 1e-3  # of the inputs' mean variance, added to each
 _LARGEST = 100.0  # prices: no token may be worth more, or a few would decide
 _STEPS = 8  # gradients: the loss hardly falls after six
-_SHRINK = 0.2  # of weights, times features per token
+_SHRINK = 0.2  # of what refinement changes, times features per token
+_LEAST_LEFT = 0.01  # of a target's variance that is never known
 _CHUNK = 256  # tokens at a time, so that what a step makes of them stays in the cache
 _BLOCK = 64  # neighbouring tokens are alike: they are held out together
 _HELD = 4  # one block of so many is held out
@@ -77,6 +78,22 @@ def constant(worth: np.ndarray, features: int) -> Linear:
     return Linear(np.zeros((worth.shape[1], features), np.float32), np.log((for_ + slack) / (against + slack)))
 
 
+def guessed(targets: np.ndarray, features: np.ndarray, worth: np.ndarray) -> Linear:
+    """Scores from guesses of the targets: how probable it is that a target is over 0; constant ones where better.
+
+    targets: `(T, n)`, what the gates see; features: `(T, f)` white, as for `refined`. What linear regression leaves
+    over is taken to be normal, and 1.7 turns a normal distribution into a logistic one.
+    """
+    centred = targets - targets.mean(axis=0)
+    rows = centred.T @ features / np.float32(len(features))
+    variance = np.einsum("tn,tn->n", centred, centred) / np.float32(len(centred))
+    left = np.maximum(variance - np.einsum("nf,nf->n", rows, rows), _LEAST_LEFT * variance + np.float32(1e-30))
+    sharp = np.float32(1.7) / np.sqrt(left)
+    guess, fixed = Linear(rows * sharp[:, None], targets.mean(axis=0) * sharp), constant(worth, features.shape[1])
+    better = losses(guess, features, worth) < losses(fixed, features, worth)
+    return Linear(np.where(better[:, None], guess.rows, fixed.rows), np.where(better, guess.bias, fixed.bias))
+
+
 def losses(scores: Linear, features: np.ndarray, worth: np.ndarray) -> np.ndarray:
     """Each neuron's logistic loss, `(n,)`: the mean of |worth| log(1 + exp(-sign(worth) score))."""
     return _loss_and_gradient(np.column_stack(scores), _with_one(features), worth)[0]
@@ -94,15 +111,15 @@ def refined(start: Linear, features: np.ndarray, worth: np.ndarray, steps: int =
     shrink[-1] = 0  # the bias is free
     weight = np.maximum(np.abs(worth).mean(axis=0), np.float32(1e-12))[:, None]
     step, speed = np.full_like(weight, 4), np.ones_like(weight)
-    best = at = before = np.column_stack(start)
+    first = best = at = before = np.column_stack(start)
     best_loss, best_slope = np.full(len(at), np.inf, np.float32), np.zeros_like(at)
     for _ in range(steps):
         loss, slope = _loss_and_gradient(at, inputs, worth)
-        loss = loss + (weight[:, 0] / 2) * (at * at @ shrink)
+        loss = loss + (weight[:, 0] / 2) * (np.square(at - first) @ shrink)
         worse = (loss > best_loss)[:, None]
         best_loss = np.minimum(loss, best_loss)
         best = np.where(worse, best, at)
-        best_slope = np.where(worse, best_slope, slope / weight + shrink * at)
+        best_slope = np.where(worse, best_slope, slope / weight + shrink * (at - first))
         step = np.where(worse, step / 2, step)
         new = best - step * best_slope
         faster = (1 + np.sqrt(1 + 4 * speed * speed)) / 2

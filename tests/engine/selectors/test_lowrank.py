@@ -7,7 +7,7 @@ import pytest
 
 import planted
 from fewfire.observe import Layer
-from fewfire.quantize import row_bytes
+from fewfire.quantize import decode, row_bytes
 from fewfire.selectors import Selection, fitting, lowrank, threshold
 from fewfire.selectors.parts import flatten, misfit
 from fewfire.selectors.predicted import predicted
@@ -52,14 +52,21 @@ def test_errors_fall(layer: Layer) -> None:
     assert np.interp(0.3, fit["densities"], fit["errors"]) < 0.6 * fit["errors"][0]  # chance: 0.7 / 0.95 of it
 
 
-def test_refinement_beats_the_gate_at_the_same_rank(layer: Layer) -> None:
-    """The scores also know what the up matrix and down rows make of a gate."""
+def test_scores_beat_guessed_gates_of_the_same_rank(layer: Layer) -> None:
+    """They know what up and down make of a gate."""
     packed, held = planted.packed(), held_out(len(layer.fired))
-    fit = lowrank.fit(packed, layer, rank=16)
-    kept = np.abs(layer.gate) > np.quantile(np.abs(layer.gate[held]), 0.7)
-    per = fitting.energy(packed, layer)
-    gate = threshold.left_out(layer.fired[held], kept[held], layer.tensors["down.weight"], per[held])
-    assert np.interp(0.3, fit["densities"], fit["errors"]) < 1.3 * gate
+    fit = lowrank.fit(packed, layer, rank=4)
+    seen, z = layer.ffn_in @ layer.tensors["gate.weight"].T, layer.ffn_in @ decode(fit["basis"], "f32", "dot", 128).T
+    z = np.column_stack([z, np.ones(len(z), np.float32)])
+    guess = z @ np.linalg.lstsq(z[~held], seen[~held], rcond=None)[0]
+    size = np.abs(guess / (1 + np.exp(-guess)))[held]
+    lost = threshold.left_out(
+        layer.fired[held],
+        size > np.quantile(size, 0.7),
+        layer.tensors["down.weight"],
+        fitting.energy(packed, layer)[held],
+    )
+    assert np.interp(0.3, fit["densities"], fit["errors"]) < lost
 
 
 def test_a_planted_relu_gate_is_found(random: np.random.Generator) -> None:

@@ -110,3 +110,23 @@ def test_cuts(random: np.random.Generator) -> None:
 @pytest.mark.parametrize("tokens", [40, 512, 8192])
 def test_a_quarter_is_held_out(tokens: int) -> None:
     assert scores.held_out(tokens).mean() == pytest.approx(0.25, abs=0.03)
+
+
+def test_guesses_of_known_targets_are_a_good_start(random: np.random.Generator) -> None:
+    """Gates that are linear in the features leave nothing to learn but the price."""
+    features, _, weights = drawn(random)
+    seen = features @ weights.T - 2
+    worth = scores.benefits(np.maximum(seen, 0) ** 2, 0.05)
+    start = scores.guessed(seen, features, worth)
+    assert (
+        scores.losses(start, features, worth).mean() < scores.losses(scores.constant(worth, 6), features, worth).mean()
+    )
+    found = scores.refined(start, features, worth)(features)
+    assert worth[found > 0].sum() > 0.85 * np.maximum(worth, 0).sum()
+
+
+def test_a_guess_that_is_worse_than_none_is_not_used(random: np.random.Generator) -> None:
+    features, worth, weights = drawn(random)
+    found = scores.guessed(-(features @ weights.T), features, worth)
+    fixed = scores.constant(worth, 6)
+    assert (scores.losses(found, features, worth) <= scores.losses(fixed, features, worth) * (1 + 1e-5)).all()
