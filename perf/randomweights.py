@@ -9,6 +9,9 @@ all channels, so that no channel stands out when weights are quantised), and the
 stream, so after each norm that component is still there and known. Each gate row has a multiple of this direction
 added, which shifts the neuron's input by the quantile that the share asks for. As half of what a neuron sees is the
 same for each token, some neurons fire often and others rarely, as in trained models.
+
+What neurons see of a token is not random all over, or no predictor of low rank could tell who fires: a few functions of
+the input explain much of it, as many as were measured in SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from statistics import NormalDist
 
 import numpy as np
+import scipy.fft
 
 from fewfire import reference
 from fewfire.config import ModelConfig
@@ -27,6 +31,9 @@ _POOL = 2**24 + 1  # odd, so that a row that comes round again is shifted agains
 # What all FFNs, and all attention blocks, add to the variance of the residual stream, relative to the embedding's:
 # enough that later layers see something else than the first one did.
 _FFN, _ATTENTION = 3.0, 0.3
+# The k-th function of the input explains (1 + k / 3)^-1.1 of what the first one does of all gates: a middle layer of
+# SmolLM2-135M, where 64 of 576 explain 69 %, 128 81 %; in the first layers less, in the last ones more.
+_FLAT, _POWER = 3, 1.1
 
 
 class RandomWeights(Mapping[str, np.ndarray]):
@@ -42,6 +49,9 @@ class RandomWeights(Mapping[str, np.ndarray]):
         self._direction = random.choice(signs, config.hidden_size) / np.float32(math.sqrt(config.hidden_size))
         # Random signs in the last norm: a tied head would else repeat each token, since its embedding is still there.
         self._final = random.choice(signs, config.hidden_size)
+        explained = (1 + np.arange(config.hidden_size) / _FLAT) ** -_POWER
+        self._spectrum = np.sqrt(explained / explained.mean()).astype(np.float32)
+        self._signs = random.choice(signs, config.hidden_size)
         self._shapes = config.shapes()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -52,6 +62,10 @@ class RandomWeights(Mapping[str, np.ndarray]):
             return (self._final if name == "final_norm.weight" else np.ones(shape, np.float32))[start:stop]
         rows = self._noise(name, start, stop, shape[1])
         rows *= np.float32(self._size(name))
+        if name.endswith("gate.weight"):  # a rotation that leaves no channel larger than others
+            common = rows @ self._direction
+            rows = scipy.fft.dct(rows * self._spectrum, norm="ortho", axis=1) * self._signs
+            rows += np.outer(common - rows @ self._direction, self._direction)  # else the share would not be known
         if name in ("embed.weight", "head.weight"):
             hidden = self._final * self._direction  # what the common component is after the last norm
             rows -= np.outer(rows @ hidden, hidden)
