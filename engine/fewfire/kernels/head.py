@@ -14,7 +14,20 @@ import numpy as np
 from fewfire.kernels.compile import inline, step
 from fewfire.kernels.gather import SOON
 from fewfire.kernels.layer import all_rows, quantize, row_chunks
-from fewfire.kernels.simd import call, load_f32, load_i32, store_f32, store_i32, store_i64
+from fewfire.kernels.simd import (
+    add,
+    call,
+    load_f32,
+    load_f32x8,
+    load_i32,
+    max_lane,
+    maximum,
+    splat_f32,
+    store_f32,
+    store_f32x8,
+    store_i32,
+    store_i64,
+)
 from fewfire.kernels.team import REGIONS, advance, finish, take, wait
 
 _HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
@@ -34,12 +47,6 @@ def _part(model, chunk, chunks):
     return model.vocab * chunk // chunks, model.vocab * (chunk + 1) // chunks
 
 
-@inline
-def _larger(a, b):
-    """NaN is larger than anything, so that it is not hidden."""
-    return b if not b <= a else a
-
-
 @step
 def _screen_part(model, start, stop, reduced, logits):
     """The screened logits of tokens start to stop; returns the largest."""
@@ -48,10 +55,16 @@ def _screen_part(model, start, stop, reduced, logits):
         rows, stride = model.every + 4 * start, model.screen_stride
         listed = (rows, rows + 4 * SOON, stride, count, 0, (count + 3) // 4)
         call(model.gather_dot, (model.screen, stride, *listed, reduced, logits + 4 * start))
-        for i in range(4 * start, 4 * stop, 4):
+        whole, best = start + count // 8 * 8, splat_f32(largest)
+        for i in range(4 * start, 4 * whole, 32):
+            values = add(load_f32x8(logits + i), load_f32x8(model.screen_bias + i))
+            store_f32x8(logits + i, values)
+            best = maximum(values, best)
+        largest = max_lane(best)
+        for i in range(4 * whole, 4 * stop, 4):
             value = load_f32(logits + i) + load_f32(model.screen_bias + i)
             store_f32(logits + i, value)
-            largest = _larger(largest, value)
+            largest = max(value, largest)
     return largest
 
 
@@ -71,10 +84,12 @@ def _exact(model, ids, count, x, values, logits):
 def _exact_part(model, start, stop, least, x, ids, values, logits):
     """Exact logits for the candidates among tokens start to stop; returns how many there are."""
     found, listed = 0, 0
-    for token in range(start, stop):
-        store_i32(ids + 4 * listed, token)
-        listed += not load_f32(logits + 4 * token) < least
-        if listed == _LISTED or (token == stop - 1 and listed > 0):
+    for first in range(start, stop, 8):
+        if first + 8 > stop or max_lane(load_f32x8(logits + 4 * first)) >= least:  # of most eights none is
+            for token in range(first, min(first + 8, stop)):
+                store_i32(ids + 4 * listed, token)
+                listed += load_f32(logits + 4 * token) >= least
+        if listed > _LISTED - 8 or (first + 8 >= stop and listed > 0):
             _exact(model, ids, listed, x, values, logits)
             found, listed = found + listed, 0
     return found
@@ -119,7 +134,7 @@ def screened_logits(model, team, phase, thread, work, logits):
         store_f32(work.largest + 4 * chunk, _screen_part(model, start, stop, work.reduced, logits))
         if finish(team, chunks):
             for i in range(4, 4 * chunks, 4):
-                store_f32(work.largest, _larger(load_f32(work.largest), load_f32(work.largest + i)))
+                store_f32(work.largest, max(load_f32(work.largest), load_f32(work.largest + i)))
             advance(team, phase)
     phase = wait(team, phase)
 
