@@ -174,7 +174,7 @@ class Fewfire(Stepwise):
     def neurons_read(self) -> tuple[float, float]:
         """The shares of neurons whose up row the last token read, and whose down row it did."""
         every = self.model.config.num_hidden_layers * self.model.config.intermediate_size
-        up, down = self.model.engine.neurons_read().sum(axis=0) / every
+        up, down = self.model.engine.neurons_read()[:, 1:].sum(axis=0) / every
         return float(up), float(down)
 
 

@@ -18,6 +18,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 Result = dict[str, Any]
 
 _COLORS = ("#0b6e99", "#c8553d", "#588157", "#8a5a9e", "#b08900", "#5c677d")  # apart for colour-blind eyes too
+_NOTHING = 0.1  # per cent of perplexity that cannot be told from none
 _STYLE = {
     "font.size": 8,
     "axes.spines.top": False,
@@ -164,11 +165,30 @@ def _densities(result: Result) -> Figure:
     return _with_legend(figure, panels[0][0])
 
 
+def _methods(result: Result) -> Figure:
+    """What each method costs in perplexity at the speed that it reaches, a line over its densities."""
+    rows = [row for row in result["rows"] if row["spread"] == "spread"]
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for number, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        curve = sorted((row for row in rows if row["method"] == name), key=lambda row: -row["asked"])
+        costs = [max(row["growth_percent"], _NOTHING) for row in curve]
+        style = ("-", "--", ":")[number // len(_COLORS) % 3]
+        color = _COLORS[number % len(_COLORS)]
+        axes.plot([row["speedup"] for row in curve], costs, style, marker=".", color=color, label=name)
+    axes.set_yscale("log")
+    axes.set_ylim(_NOTHING, 100)
+    _ticks(axes.yaxis, {cost: f"+{cost:g} %" for cost in (0.1, 0.3, 1, 3, 10, 30, 100)})
+    axes.set_xlabel(f"times as fast as dense decoding ({result['model']}, {_threads(result['threads'])})")
+    axes.set_ylabel("perplexity")
+    return _with_legend(figure, axes)
+
+
 _PICTURES: dict[str, dict[str, Callable[[Result], Figure | None]]] = {
     "decode": {"": _decode},
     "busy": {"": _busy},
     "growth": {"-context": _context, "-size": _sizes},
     "kernels": {"": _densities},
+    "methods": {"-growth": _methods},
 }
 
 

@@ -13,12 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from perf import busy, decode, growth, kernels, predictors, profile, quality, start
+from perf import busy, decode, growth, kernels, methods, predictors, profile, quality, start
 from perf.results import BUSY, read_all
 
 README = Path(__file__).parents[1] / "README.md"
 PLOTS = Path(__file__).parent / "plots"
-PICTURES = {"": "speeds", "-context": "cost over context", "-size": "cost over model size"}  # endings of their names
+PICTURES = {  # by the endings of their names
+    "": "speeds",
+    "-context": "cost over context",
+    "-size": "cost over model size",
+    "-growth": "perplexity over speed",
+}
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 Result = dict[str, Any]
 
@@ -128,6 +133,27 @@ def _profile(result: Result) -> str:
     return _section(f"A token's time, {result['model']}, {result['weights']}", about, *tables, result=result)
 
 
+def _methods(result: Result) -> str:
+    about = (
+        f"By how much perplexity grows and how many times as fast as dense decoding a token is, at a density: the share"
+        f" read, by the kernels' own count, of the weights that the method may leave out, with its predictors and"
+        f" screens; - where it cannot reach that. Calibrated on the default sample, judged token by token on"
+        f" {result['scored']:,} tokens of {result['text']} ({result['part']} of it), where dense has a perplexity of"
+        f" {result['dense']['perplexity']:.2f}. {_plural(result['threads'], 'thread')}."
+    )
+    absent = [f"Absent: {name} ({why})." for name, why in result["absent"].items()]
+    other = methods.baselines_table(result)
+    beside = [_SPREADS, other] if other else []
+    title = f"Methods, {result['model']}, {result['weights']}"
+    return _section(title, about, methods.methods_table(result), *beside, *absent, result=result)
+
+
+_SPREADS = (
+    "Ways to spread a density over the layers: ours (spread) weighs a layer's error by what it was measured to do to"
+    " the predictions; greedy is TEAL's search, to which all errors are alike; uniform keeps the same share everywhere."
+)
+
+
 def _growth(result: Result) -> str:
     about = (
         f"Milliseconds for each of {_plural(result['tokens'], 'token')} decoded at the end of a context; floor: the"
@@ -162,6 +188,7 @@ _SECTIONS: dict[str, Callable[[Result], str]] = {
     "decode": _decode,
     "growth": _growth,
     "busy": _busy,
+    "methods": _methods,
     "profile": _profile,
     "kernels": _kernels,
     "quality": _quality,

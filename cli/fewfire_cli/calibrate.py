@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ def _budget(context: click.Context, param: click.Parameter, value: str | None) -
 @click.argument("model", default=options.DEFAULT_MODEL)
 @options.weights_option
 @click.option("--threads", type=int, help="Threads to compute with.  [default: one per core]")
-@click.option("--method", help="What decides: gate, down, ..., or several joined with +.  [default: the fastest]")
+@click.option("--method", help="What decides, see below; several are joined with +.  [default: the fastest]")
 @click.option("--density", callback=_share, help="Share to read of the rows that the method may leave out, like 0.5.")
 @click.option("--budget", callback=_budget, help="Growth of perplexity to allow, like 1%.")
 @click.option("--text", type=click.Path(path_type=Path), help="Sample text.  [default: what smollm2 says by itself]")
@@ -60,6 +61,19 @@ def calibrate(
     Either --density says how much is read, with a --method, or --budget how much worse the predictions may get; then
     the fastest of all methods is taken unless one is named. The result is kept with the packed model and used from
     then on by every command; --dense does without it. If it is interrupted, the same command goes on where it stopped.
+
+    \b
+    Methods, several of which can be joined with +:
+      gate       neurons with a large |act(gate)| alone read up and down (CATS)
+      topk       so many neurons a layer do, where it is largest (Lazy Neuron)
+      down       neurons with a large |act(gate) * up| alone read down (TEAL)
+      lowrank    neurons that a low-rank predictor chooses (Deja Vu)
+      router     groups of neurons that a router chooses (LTE)
+      magnitude  large inputs of all projections (TEAL)
+      qkv, o     large inputs of these projections alone
+      screen     exact logits of tokens near the largest in a low-rank head
+      reuse-8    what 8 tokens in a row have read stays read (ReLU Strikes Back)
+    ReLU models leave out what is exactly zero without a calibration.
 
     \b
     Example:
@@ -82,11 +96,18 @@ def calibrate(
 
 def lines(about: About) -> list[str]:
     """What a calibration is and costs, for people."""
-    kept = ", ".join(f"{kind} {sum(each) / len(each):.2f}" for kind, each in about.densities.items())
+    kept = "; ".join(_kept(kind, shares) for kind, shares in about.densities.items())
+    missed = f"; the head misses the likeliest in at most {about.missed:.1%}" if about.missed is not None else ""
     return [
-        f"method {about.method}, density {about.density:.2f} ({kept})",
+        f"method {about.method}, density {about.density:.2f}: {kept}",
         f"perplexity {about.growth:+.2%} ± {about.growth_error:.2%}, KL to dense {about.kl:.4f} nats,"
-        f" same likeliest token {about.agreement:.1%}, over {about.tokens} tokens",
+        f" same likeliest token {about.agreement:.1%}, over {about.tokens} tokens{missed}",
         f"{size(about.bytes_per_token)} of weights a token instead of {size(about.dense_bytes_per_token)},"
         f" {about.speedup:.2f} times as fast as dense",
     ]
+
+
+def _kept(kind: str, shares: Sequence[float]) -> str:
+    """What a part keeps, and from which layer to which that reaches."""
+    mean, low, high = sum(shares) / len(shares), min(shares), max(shares)
+    return f"{kind} {mean:.3g}" + (f" ({low:.2g} to {high:.2g})" if low < high else "")

@@ -11,6 +11,7 @@ import click
 from fewfire_cli import options, terminal
 from fewfire_cli.conversation import Conversation
 from fewfire_cli.stats import stats_line
+from fewfire_cli.statusline import StatusLine
 from fewfire_cli.text import stdin_lines
 
 
@@ -21,7 +22,7 @@ from fewfire_cli.text import stdin_lines
 @options.sampling_options(temperature=0.3, top_k=40, top_p=0.95, min_p=0.05, repetition_penalty=1.1)
 @click.option("--max-tokens", default=1024, show_default=True, help="Longest answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End an answer before this text (repeatable).")
-@click.option("--stats", is_flag=True, help="Tokens per second after each answer, on stderr.")
+@click.option("--stats", is_flag=True, help="Tokens per second and the share of the weights read, on stderr.")
 def chat(model: str, system: str | None, max_tokens: int, stop: tuple[str, ...], stats: bool, **rest: Any) -> None:
     """Talks with MODEL. In the chat, /help lists the commands.
 
@@ -59,12 +60,13 @@ def answer(conversation: Conversation, text: str, stats: bool) -> str:
     """
     stream = conversation.ask(text)
     try:
-        for piece in stream:
-            terminal.write(piece.text)
+        with StatusLine(stats) as status:
+            for piece in conversation.reads.watch(stream, status):
+                terminal.write(piece.text)
     finally:
         conversation.keep(text, stream)
         if not stream.completion.text.endswith("\n"):
             click.echo()
     if stats:
-        terminal.note(stats_line(stream.completion.stats))
+        terminal.note(stats_line(stream.completion.stats, conversation.reads))
     return stream.completion.finish_reason

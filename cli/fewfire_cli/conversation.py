@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewfire_cli.stats import Reads
+
 if TYPE_CHECKING:
     from fewfire import Model
     from fewfire.generate import Stats, Stream
@@ -20,6 +22,7 @@ class Conversation:
         self.model, self.system = model, system
         self.messages: list[dict[str, str]] = []
         self.last_stats: Stats | None = None
+        self.reads = Reads(model)  # of the last answer
         self._options = options
         self._session = model.session()
 
@@ -31,6 +34,7 @@ class Conversation:
     def ask(self, text: str) -> Stream:
         """Begins an answer; hand the stream to `keep` when it has ended or was stopped."""
         messages = [*self.all_messages(), {"role": "user", "content": text}]
+        self.reads = Reads(self.model)
         return self.model.chat_stream(messages, session=self._session, **self._options)
 
     def keep(self, text: str, stream: Stream) -> None:

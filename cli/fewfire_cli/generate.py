@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from fewfire_cli import options, terminal
-from fewfire_cli.stats import stats_dict, stats_line
+from fewfire_cli.stats import Reads, stats_dict, stats_line
+from fewfire_cli.statusline import StatusLine
 from fewfire_cli.text import read_stdin, read_text
 
 
@@ -22,7 +23,7 @@ from fewfire_cli.text import read_stdin, read_text
 @options.sampling_options(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
 @click.option("--max-tokens", default=256, show_default=True, help="Stop after so many tokens.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text (repeatable).")
-@click.option("--stats", is_flag=True, help="Tokens per second, on stderr.")
+@click.option("--stats", is_flag=True, help="Tokens per second and the share of the weights read, on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object at the end instead of streamed text.")
 def generate(
     model: str,
@@ -44,23 +45,25 @@ def generate(
     """
     max_tokens, sampling = rest.pop("max_tokens"), options.take_sampling(rest)
     text = _prompt(model, prompt, file)
-    stream = options.load(model, **rest).stream(text, max_tokens=max_tokens, sampling=sampling, stop=stop)
-    for piece in stream:
-        if not as_json:
-            terminal.write(piece.text)
+    loaded = options.load(model, **rest)
+    stream, reads = loaded.stream(text, max_tokens=max_tokens, sampling=sampling, stop=stop), Reads(loaded)
+    with StatusLine(stats) as status:
+        for piece in reads.watch(stream, status):
+            if not as_json:
+                terminal.write(piece.text)
     result = stream.completion
     if as_json:
         data = {
             "text": result.text,
             "tokens": result.token_ids,
             "finish_reason": result.finish_reason,
-            "stats": stats_dict(result.stats),
+            "stats": stats_dict(result.stats, reads),
         }
         click.echo(json.dumps(data, ensure_ascii=False))
     elif not result.text.endswith("\n"):
         click.echo()
     if stats:
-        terminal.note(stats_line(result.stats))
+        terminal.note(stats_line(result.stats, reads))
 
 
 def _prompt(model: str, prompt: str | None, file: Path | None) -> str:

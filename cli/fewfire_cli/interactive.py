@@ -17,7 +17,7 @@ COMMANDS = {
     "/reset": "forget the conversation",
     "/system": "TEXT  set the system message (alone: show it)",
     "/save": "FILE  write the conversation as JSON",
-    "/stats": "speed of the last answer",
+    "/stats": "speed of the last answer, and what it read of the weights",
     "/help": "this list",
     "/exit": "end (also Ctrl-D)",
 }
@@ -94,7 +94,7 @@ class Interactive:
             terminal.note(f"saved {len(conversation.messages)} messages to {rest}")
         elif name == "/stats":
             stats = conversation.last_stats
-            terminal.note(stats_line(stats) if stats else "no answer yet")
+            terminal.note(stats_line(stats, conversation.reads) if stats else "no answer yet")
         elif name == "/help":
             for command, what in COMMANDS.items():
                 terminal.note(f"  {command:8} {what}")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fewfire.config import ModelConfig
 from fewfire.kernels.attention import RANGE, SCORES
 from fewfire.kernels.axpy import BLOCK
+from fewfire.kernels.columns import COLUMN_CHUNKS, longest_list
 from fewfire.kernels.decode import WORK
-from fewfire.kernels.neurons import NEURON_CHUNKS, longest_chunk
+from fewfire.kernels.head import LIST, head_chunks
 from fewfire.kernels.prefill import BATCH, ROWS
+from fewfire.kernels.select import NEURON_CHUNKS, longest_chunk
 from fewfire.quantize import padded
+from fewfire.selectors.selection import COLUMNS, Selection, column_shape
 
 
 def head_width(c: ModelConfig) -> int:
@@ -74,6 +78,12 @@ class Buffers:
         self.record[name] = array.ctypes.data
         self._owned.append(array)
 
+    def point_each(self, name: str, array: np.ndarray, where: ArrayLike = True) -> None:
+        """Sets a field of record i to `array[i]`, for all records or some."""
+        addresses = array.ctypes.data + array.strides[0] * np.arange(len(array))
+        self.record[name] = np.where(where, addresses, self.record[name])
+        self._owned.append(array)
+
     def activation(self, name: str, activation: Activation) -> None:
         """Sets a field to an activation's descriptor, and keeps the activation."""
         self.point(name, activation.descriptor)
@@ -90,9 +100,9 @@ def _qkv_rows(c: ModelConfig) -> int:
 
 
 class Workspace(Buffers):
-    """Buffers for decoding one token over a cache of up to so many positions."""
+    """Buffers for decoding one token over a cache of up to so many positions, with or without a selection."""
 
-    def __init__(self, c: ModelConfig, threads: int, positions: int) -> None:
+    def __init__(self, c: ModelConfig, threads: int, positions: int, selection: Selection | None = None) -> None:
         super().__init__(WORK)
         self.positions = positions
         x, attended = Activation(c.hidden_size), Activation(c.num_attention_heads * c.head_dim)
@@ -100,8 +110,12 @@ class Workspace(Buffers):
         self.activation("attended", attended)
         self.point("joined", attended.values)
         hidden, head, half = padded(c.hidden_size), head_width(c), c.head_dim // 2
-        longest = _lines(longest_chunk(c.intermediate_size))
-        factors, scores, ranges = _lines(axpy_scratch(c.hidden_size)), _lines(SCORES), -(-positions // RANGE)
+        predictor = selection.predictor if selection else None
+        # Projections by columns may need more; memory that nobody touches costs nothing.
+        inputs, outputs = (max(sizes) for sizes in zip(*(column_shape(c, part) for part in COLUMNS), strict=True))
+        chunk = longest_chunk(c.intermediate_size, predictor.group_size if predictor else 1)
+        longest = _lines(max(chunk, longest_list(inputs)))
+        factors, scores, ranges = _lines(axpy_scratch(outputs)), _lines(SCORES), -(-positions // RANGE)
         self.number(
             longest=longest,
             factors_stride=4 * factors,
@@ -111,12 +125,15 @@ class Workspace(Buffers):
         self.floats(
             hidden=(hidden,),
             delta=(hidden,),
-            qkv=(_qkv_rows(c),),
+            qkv=(padded(_qkv_rows(c)),),
             query=(c.num_attention_heads, head),
             key=(head,),
             parts=(c.num_attention_heads, ranges, head + 8),
             scores=(threads, scores),
-            partial=(NEURON_CHUNKS, hidden),
+            partial=(max(NEURON_CHUNKS * hidden, COLUMN_CHUNKS * padded(outputs)),),
+            gates=(padded(column_shape(c, "ffn")[1]) + 8,),
+            ups=(c.intermediate_size + 8,),
+            least=(1,),
             cos=(2, half),
             sin=(2, half),
             gate=(threads, longest),
@@ -125,9 +142,23 @@ class Workspace(Buffers):
         )
         self.point("ids", aligned((threads, longest), np.int32))
         self.point("block", aligned((threads, 4 * BLOCK), np.int32))
-        self.read = np.zeros((c.num_hidden_layers, NEURON_CHUNKS, 2), np.int64)
+        if predictor and predictor.basis is not None:
+            hint = Activation(predictor.basis.shape[1])
+            self.activation("hint", hint)
+            self.point("hint_values", hint.values)
+        self.read = np.zeros((c.num_hidden_layers, NEURON_CHUNKS, 3), np.int64)
         self.read[:, 0] = c.intermediate_size  # before the first token
         self.point("read", self.read)
+        self.exact = np.zeros(head_chunks(threads), np.int64)
+        self.point("exact", self.exact)
+        if selection and selection.screen:
+            reduced = Activation(selection.screen.rank)
+            self.activation("reduced", reduced)
+            self.point("screened", reduced.values)
+            self.floats(largest=(head_chunks(threads),), values=(threads, LIST))
+            self.point("candidates", aligned((threads, LIST), np.int32))
+        self.projected = np.zeros((c.num_hidden_layers, 3, COLUMN_CHUNKS), np.int64)
+        self.point("projected", self.projected)
 
 
 class Batch(Buffers):

@@ -11,31 +11,37 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fewfire.buffers import Batch, Buffers, Workspace, head_width
-from fewfire.config import ACTIVATIONS, EXACT_ZEROS
+from fewfire.config import ACTIVATIONS
 from fewfire.kernels import attention, axpy, dense, gather, pointwise, rows
 from fewfire.kernels.compile import Compiled, Primitive
 from fewfire.kernels.decode import decode
 from fewfire.kernels.dense import TOKENS
 from fewfire.kernels.gather import SOON
-from fewfire.kernels.layer import CACHE, LAYER, MODEL
+from fewfire.kernels.layer import CACHE, MODEL
 from fewfire.kernels.prefill import prefill
+from fewfire.layers import layer_records
 from fewfire.packed import Formats, Packed
 from fewfire.progress import Progress, silent
-from fewfire.quantize import padded
-from fewfire.selectors.selection import Selection
+from fewfire.quantize import padded, row_bytes
+from fewfire.selectors.parts import fitting
+from fewfire.selectors.selection import COLUMNS, Screen, Selection, column_shape
 from fewfire.team import Team
 
 BATCH = 256  # tokens of a prompt that go through the layers together
 
 
 class KVCache(Buffers):
-    """Keys and values of one session, bytes `(layers, kv_heads, capacity, bytes of one head)` each."""
+    """Keys and values of one session, bytes `(layers, kv_heads, capacity, bytes of one head)` each.
 
-    def __init__(self, layers: int, heads: int, capacity: int, cell: int) -> None:
+    And the neurons `(layers, neurons)` that stay kept until its window of tokens ends.
+    """
+
+    def __init__(self, layers: int, heads: int, capacity: int, cell: int, neurons: int) -> None:
         super().__init__(CACHE)
         self.capacity = capacity
         shape = (layers, heads, capacity, cell)
         self.keys, self.values = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
+        self.kept, self._next = np.zeros((layers, neurons), np.uint8), -1
         self.number(capacity=capacity)
         self.point("keys", self.keys)
         self.point("values", self.values)
@@ -43,10 +49,22 @@ class KVCache(Buffers):
     def grown(self, capacity: int, used: int) -> KVCache:
         """A larger copy; only the first `used` positions matter."""
         layers, heads, _, cell = self.keys.shape
-        larger = KVCache(layers, heads, capacity, cell)
+        larger = KVCache(layers, heads, capacity, cell, self.kept.shape[1])
+        larger.kept[:], larger._next = self.kept, self._next
         larger.keys[:, :, :used] = self.keys[:, :, :used]
         larger.values[:, :, :used] = self.values[:, :, :used]
         return larger
+
+    def keep(self, position: int, window: int) -> None:
+        """Prepares for the token at `position`: what is kept is that of the tokens before it in its window.
+
+        If the token before it was not decoded just now, then of none, so that it does not matter what was read and
+        taken back.
+        """
+        if position % window == 0 or position != self._next:
+            self.kept[:] = 0
+        self._next = position + 1
+        self.number(kept=self.kept.ctypes.data if window > 1 else 0)
 
 
 class Engine:
@@ -69,10 +87,8 @@ class Engine:
         self._cell = head_width(packed.config) * (4 if self._cache_format == "f32" else 2)
         self._primitives = _primitives(packed.formats, self._cache_format, group % attention.QUERIES)
         _compile([*self._primitives.values(), decode, prefill], progress)
-        self._model = _model(packed, self._primitives, self._cell)
         self._packed = packed  # owns the mapped weights
-        self._layers = _layers(packed, selection, dense)
-        self._work = Workspace(packed.config, threads, 0)
+        self._use(selection, dense, 0)
         self._batch = Batch(packed.config, threads, TOKENS)
 
     @property
@@ -85,36 +101,59 @@ class Engine:
 
         Raises `ValueError` for a selection that does not fit the model, or has parts that decoding cannot use.
         """
-        layers = _layers(self._packed, selection, dense)
         with self._lock:
-            self._layers = layers
+            self._use(selection, dense, self._work.positions)
+
+    def _use(self, selection: Selection | None, dense: bool, positions: int) -> None:
+        """Makes the records and the buffers for a selection."""
+        selection = fitting(self._packed, selection) if selection else None
+        self._layers = layer_records(self._packed, selection, dense)
+        self._model = _model(self._packed, self._primitives, self._cell, selection.screen if selection else None)
+        self._selection, self._work = selection, Workspace(self.config, self.threads, positions, selection)
+        self._unread = True
 
     def neurons_read(self) -> np.ndarray:
-        """How many neurons' up rows (none, if the model has no up), and how many down rows, the last token read.
+        """How many neurons' gate, up and down rows the last decoded token read, `(layers, 3)` int64.
 
-        `(layers, 2)` int64, counted by the kernels: of a model without up, the first counts neurons that passed the
-        gate. All of them before the first decoded token.
+        Counted by the kernels. In a model without up, the second is how many neurons' down rows might have been read.
+        All of them before the first token.
         """
         return self._work.read.sum(axis=1)
 
     def bytes_read(self) -> int:
-        """Bytes of weights that the last decoded token read; all of them before the first."""
+        """Bytes of weights that the last decoded token read, those of predictors included; all before the first."""
         arrays, up = self._packed.arrays, int(self._model.record["down"][0])
-        fired, kept = (int(n) for n in self.neurons_read().sum(axis=0))
-        always = sum(arrays[name].nbytes for name in ("qkv", "o", "gate")) + arrays["embed"].shape[2]
-        head = arrays.get("head", arrays["embed"]).nbytes
-        return always + head + up * fired + (arrays["updown"].shape[2] - up) * kept
+        if self._unread:
+            return self._packed.bytes_per_token()
+        met, fired, kept = (int(n) for n in self.neurons_read().sum(axis=0))
+        layers = self._layers.record
+        predictor = int((layers["groups"] * layers["predictor_stride"] + layers["rank"] * layers["basis_stride"]).sum())
+        rows = sum(arrays[name][0].nbytes * int((layers[f"{name}_columns"] == 0).sum()) for name in ("qkv", "o"))
+        neurons = arrays["gate"].shape[2] * met + up * fired + (arrays["updown"].shape[2] - up) * kept
+        projections = rows + int(self._work.projected.sum())
+        return arrays["embed"].shape[2] + projections + predictor + neurons + self._head_bytes()
+
+    def _head_bytes(self) -> int:
+        """What the last token read of the head, with what it took to know that."""
+        rows, record = self._packed.arrays.get("head", self._packed.arrays["embed"])[0], self._model.record[0]
+        if record["screen"] == 0:
+            return rows.nbytes
+        screened = len(rows) * (int(record["screen_stride"]) + 4)  # with the bias
+        return screened + (int(record["screen_rank"]) + int(self._work.exact.sum())) * rows.shape[1]
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache: float16, or float32 for f32 and bf16 weights."""
-        return KVCache(self.config.num_hidden_layers, self.config.num_key_value_heads, capacity, self._cell)
+        c = self.config
+        return KVCache(c.num_hidden_layers, c.num_key_value_heads, capacity, self._cell, c.intermediate_size)
 
     def decode(self, token: int, position: int, cache: KVCache, logits: np.ndarray) -> None:
         """Reads one token at `position`, within the cache's capacity; writes its logits, float32 and contiguous."""
         with self._lock:
             if self._work.positions < cache.capacity:
-                self._work = Workspace(self.config, self.threads, cache.capacity)
+                self._work = Workspace(self.config, self.threads, cache.capacity, self._selection)
             work = self._work
+            self._unread = False
+            cache.keep(position, self._selection.window if self._selection else 1)
             self._team.run(
                 decode, self._model.record, self._layers.record, work.record, cache.record,
                 token, position, logits.ctypes.data, keep=(self, work, cache, logits),
@@ -182,8 +221,8 @@ def _compile(compiled: Sequence[Compiled], progress: Progress) -> None:
         each.compile()
 
 
-def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int) -> Buffers:
-    """The record of a model."""
+def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int, screen: Screen | None) -> Buffers:
+    """The record of a model, and of the screen of its head if there is one."""
     c, arrays = packed.config, packed.arrays
     model = Buffers(MODEL)
     model.number(**{name: primitive.address for name, primitive in primitives.items()})
@@ -206,6 +245,7 @@ def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int) -> Bu
         table_integer=1 if packed.formats.table == "q4" else 2,
         table_stride=arrays["embed"].strides[1],
         down=arrays["gate"].strides[1] if c.gated else 0,
+        **{f"{part}_column": row_bytes(packed.formats.down, column_shape(c, part)[1]) for part in COLUMNS},
         **strides,
     )
     model.record["act_threshold"] = c.act_threshold if c.hidden_act == "fatrelu" else 0.0
@@ -218,40 +258,11 @@ def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int) -> Bu
     if c.rope:
         kinds = [rope.inverse_frequencies(c.head_dim) for rope in (c.rope, c.rope_local or c.rope)]
         model.point("frequencies", np.stack(kinds))
+    if screen and screen.margin < np.inf:
+        for name, array in (("screen", screen.rows), ("screen_basis", screen.basis), ("screen_bias", screen.bias)):
+            model.point(name, array)
+        model.number(screen_rank=screen.rank, screen_stride=screen.rows.strides[0])
+        model.record["screen_margin"] = screen.margin
     longest = max(a.shape[1] for a in arrays.values() if a.ndim == 3)
     model.point("every", np.arange(longest + SOON, dtype=np.int32))
     return model
-
-
-def _thresholds(packed: Packed, selection: Selection | None) -> dict[str, np.ndarray]:
-    """The thresholds of a selection by name, checked; nothing without one."""
-    shape, found = (packed.config.num_hidden_layers, packed.config.intermediate_size), {}
-    for name, value in vars(selection).items() if selection else ():
-        if name in ("gate", "down") and value is not None:
-            if value.shape != shape or value.dtype != np.float32:
-                raise ValueError(f"{name}: thresholds must be float32 {shape}, not {value.dtype} {value.shape}")
-            found[name] = np.ascontiguousarray(value)
-        elif name != "method" and value not in (None, 1):
-            raise ValueError(f"decoding cannot use {name!r} of a selection")
-    return found
-
-
-def _layers(packed: Packed, selection: Selection | None, dense: bool) -> Buffers:
-    """One record per layer, with the thresholds of the selection; `dense` needs none of either kind."""
-    c, arrays, count = packed.config, packed.arrays, packed.config.num_hidden_layers
-    layers = Buffers(LAYER)
-    layers.record = np.zeros(count, LAYER)
-    for name in LAYER.fields or ():
-        if name in arrays:
-            layers.record[name] = arrays[name].ctypes.data + arrays[name].strides[0] * np.arange(count)
-    layers.record["window"] = [c.window(i) for i in range(count)]
-    layers.record["local"] = layers.record["window"] > 0 if c.rope_local else 0
-    layers.point("active", np.arange(c.intermediate_size, dtype=np.int32))
-    if c.hidden_act in EXACT_ZEROS and not dense:
-        layers.point("gate_least", np.zeros(c.intermediate_size, np.float32))
-    for name, least in _thresholds(packed, selection).items():
-        layers.point(f"{name}_least", least)
-        # A layer that keeps everything is not tested, and so the same bits as without a selection.
-        addresses = least.ctypes.data + least.strides[0] * np.arange(count)
-        layers.record[f"{name}_least"] = np.where((least < 0).all(axis=1), 0, addresses)
-    return layers

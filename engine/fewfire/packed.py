@@ -175,6 +175,11 @@ class Packed:
         sizes["norms"] = sum(a.nbytes for a in self.arrays.values()) - sum(sizes.values())
         return sizes
 
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that a token reads if nothing is left out: all matrices, and a row of the embedding."""
+        head = self._bytes("head") or self._bytes("embed")
+        return sum(map(self._bytes, ("qkv", "o", "gate", "updown"))) + head + self.arrays["embed"].shape[2]
+
     def _bytes(self, name: str) -> int:
         return self.arrays[name].nbytes if name in self.arrays else 0
 

@@ -28,12 +28,15 @@ def test_json(model, expected):
     assert (len(data["tokens"]), data["finish_reason"]) == (12, "length")
     assert data["stats"]["tokens"] == 12
     assert data["stats"]["tokens_per_second"] > 0
+    assert data["stats"]["bytes_per_token"] == data["stats"]["dense_bytes_per_token"] > 0
 
 
 def test_stats_go_to_stderr(model, expected):
     result = run("generate", model, PROMPT, "--max-tokens", 12, "--stats")
     assert result.out.rstrip("\n") == expected.rstrip("\n")
     assert "tokens/s; answer 12 tokens" in result.err
+    assert "read 100% (" in result.err
+    assert "\x1b" not in result.err
 
 
 def test_seed_and_stop(model):

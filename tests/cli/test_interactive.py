@@ -32,7 +32,9 @@ def test_a_conversation(chat, tmp_path):
     first = say(chat, "Who is there?")
     assert first.strip()
     assert "--max-tokens" in first
-    assert "answer 10 tokens" in say(chat, "/stats")
+    stats = say(chat, "/stats")
+    assert "answer 10 tokens" in stats
+    assert "of the weights a token" in stats
     file = tmp_path / "saved.json"
     assert "saved 2 messages" in say(chat, f"/save {file}")
     saved = json.loads(file.read_text())

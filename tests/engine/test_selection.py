@@ -1,9 +1,12 @@
-"""Decoding with thresholds against the same forward pass in NumPy, and what the kernels say that they read."""
+"""Decoding with selections against the same forward pass in NumPy, and what the kernels say that they read."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -13,10 +16,11 @@ from fewfire import reference
 from fewfire.config import EXACT_ZEROS, ModelConfig
 from fewfire.model import Model
 from fewfire.packed import Packed, open_packed
-from fewfire.quantize import row_bytes
+from fewfire.quantize import encode, row_bytes
 from fewfire.selectors import Predictor, Selection
+from fewfire.selectors.predicted import predicted
 from tiny import FAMILIES, prompt
-from unpack import tensors
+from unpack import tensors as unpacked
 
 PackedPath = Callable[[str, str], Path]
 IDS = prompt(20)
@@ -35,33 +39,94 @@ def thresholds(random: np.random.Generator, packed: Packed, size: float) -> np.n
     return found
 
 
+def predictor(random: np.random.Generator, packed: Packed, groups: int, rank: int, early: bool) -> Predictor:
+    """Of random rows, that keeps some 60 %, with groups that are always kept and others that never are."""
+    c, of = packed.config, packed.formats
+    layers, columns = c.num_hidden_layers, rank or c.hidden_size
+
+    def rows(count: int, columns: int) -> np.ndarray:
+        values = random.standard_normal((layers * count, columns)).astype(np.float32)
+        return encode(values, of.rows, "dot").view(np.uint8).reshape(layers, count, -1)
+
+    bias = random.standard_normal((layers, groups), np.float32) + 1
+    bias[random.random(bias.shape) < 0.05], bias[random.random(bias.shape) < 0.05] = np.inf, -np.inf
+    members = np.stack([random.permutation(c.intermediate_size) for _ in range(layers)]).astype(np.int32)
+    basis = rows(rank, c.hidden_size) if rank else None
+    return Predictor(rows(groups, columns), bias, members, basis, early)
+
+
+def selected(random: np.random.Generator, packed: Packed, parts: str) -> Selection:
+    """A selection of these parts with random contents."""
+    c, found = packed.config, dict[str, Any]()
+    for part in parts.split("+"):
+        match part:
+            case "gate" | "down":
+                found[part] = thresholds(random, packed, 0.1)
+            case "top":
+                found[part] = random.integers(0, c.intermediate_size // 8, c.num_hidden_layers).astype(np.int32)
+                found[part][0] = c.intermediate_size
+            case "lowrank" | "early":
+                found["predictor"] = predictor(random, packed, c.intermediate_size, 20, part == "early")
+            case "router":
+                found["predictor"] = predictor(random, packed, -(-c.intermediate_size // 7), 0, False)
+            case "reuse":
+                found["window"] = 5
+    return Selection(parts, **found)
+
+
 def twin(packed: Packed, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
-    """The logits `(T, vocab)` of `IDS`, and how many up and down rows each layer needs for the last, `(layers, 2)`."""
-    neurons, read = reference.neurons, np.zeros((packed.config.num_hidden_layers, 2), int)
+    """The logits `(T, vocab)` of `IDS`, and how many gate, up and down rows each layer needs for the last."""
+    neurons, attention = reference.neurons, reference.attention
+    read, attn_in = np.zeros((packed.config.num_hidden_layers, 3), int), np.zeros(0)
+
+    def watched(config: ModelConfig, tensors: reference.Tensors, layer: int, x: np.ndarray, *rest: Any) -> np.ndarray:
+        nonlocal attn_in
+        attn_in = x
+        return attention(config, tensors, layer, x, *rest)
 
     def kept(
-        config: ModelConfig, weights: reference.Tensors, layer: int, x: np.ndarray
+        config: ModelConfig, tensors: reference.Tensors, layer: int, x: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        gate, up = neurons(config, weights, layer, x)
-        passed = np.ones(gate.shape, bool) if selection.gate is None else np.abs(gate) > selection.gate[layer]
-        fired = np.where(passed, gate if up is None else gate * up, 0)
-        stays = passed if selection.down is None else passed & (np.abs(fired) > selection.down[layer])
-        read[layer] = passed[-1].sum(), stays[-1].sum()
-        return np.where(stays, fired, 0), np.ones_like(gate) if config.gated else None
+        gate, up = neurons(config, tensors, layer, x)
+        fired = gate if up is None else gate * up
+        every = np.ones(gate.shape, bool)
+        guessed, passed, stays = every, every, every
+        if selection.predictor:
+            seen: Any = SimpleNamespace(number=layer, attn_in=attn_in, ffn_in=x)
+            guessed = predicted(selection.predictor, packed.formats, seen)
+        if selection.top is not None and (k := selection.top[layer]) < gate.shape[1]:
+            passed = np.abs(gate) > np.sort(np.abs(gate), axis=1)[:, -k - 1, None]
+        if selection.gate is not None:
+            passed = passed & (np.abs(gate) > selection.gate[layer])
+        if selection.down is not None:
+            stays = np.abs(fired) > selection.down[layer]
+        before, out = np.zeros(gate.shape[1], bool), np.zeros_like(fired)
+        for t in range(len(x)):
+            before &= t % selection.window != 0
+            met = guessed[t] | before
+            left = met & (passed[t] | before)
+            last = left & (stays[t] | before)
+            out[t], read[layer] = np.where(last, fired[t], 0), (met.sum(), left.sum(), last.sum())
+            before = before | last if selection.window > 1 else before
+        return out, np.ones_like(gate) if config.gated else None
 
-    with patch.object(reference, "neurons", kept):
-        return reference.forward(packed.config, tensors(packed), IDS), read
+    with patch.multiple(reference, neurons=kept, attention=watched):
+        return reference.forward(packed.config, unpacked(packed), IDS), read
 
 
-@pytest.mark.parametrize("parts", ["gate", "down", "gate+down"])
+PARTS = ["gate", "down", "gate+down", "top", "top+gate+down", "lowrank", "early+gate", "router", "router+gate+down"]
+PARTS += ["gate+reuse", "down+reuse", "top+down+reuse", "router+gate+reuse"]
+
+
+@pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_thresholds_against_the_twin(
+def test_selections_against_the_twin(
     family: str, parts: str, packed_path: PackedPath, random: np.random.Generator
 ) -> None:
     packed = open_packed(packed_path(family, "f32"))
     model = Model(packed, 2, dense=True)
     dense = decoded(model)
-    selection = Selection(parts, **{part: thresholds(random, packed, 0.1) for part in parts.split("+")})
+    selection = selected(random, packed, parts)
     model.engine.select(selection, dense=True)
     ours, (theirs, read) = decoded(model), twin(packed, selection)
     assert np.abs(ours - theirs).max() < 2e-4
@@ -70,6 +135,36 @@ def test_thresholds_against_the_twin(
     one = Model(packed, 1, dense=True)
     one.engine.select(selection, dense=True)
     np.testing.assert_array_equal(decoded(one), ours)
+
+
+def test_what_is_kept_does_not_depend_on_what_was_taken_back(
+    packed_path: PackedPath, random: np.random.Generator
+) -> None:
+    model = Model(open_packed(packed_path("llama", "q4")), 2)
+    model.engine.select(selected(random, model.packed, "gate+reuse"))
+    session, other = model.session(), model.session()
+    session.feed(IDS[:6])
+    other.feed(IDS[:6])
+    first = session.feed(IDS[6:7])
+    for token in IDS[10:12]:
+        session.feed([token])
+    session.rewind(6)
+    np.testing.assert_array_equal(session.feed(IDS[6:7]), first)
+    np.testing.assert_array_equal(other.feed(IDS[6:7]), first)
+    np.testing.assert_array_equal(session.feed(IDS[7:8]), other.feed(IDS[7:8]))
+
+
+def test_growing_a_cache_keeps_what_is_kept(packed_path: PackedPath, random: np.random.Generator) -> None:
+    model = Model(open_packed(packed_path("llama", "q4")), 2)
+    model.engine.select(dataclasses.replace(selected(random, model.packed, "gate"), window=64))
+    caches = [model.engine.new_cache(n) for n in (4, 16)]
+    logits = np.empty((2, model.config.vocab_size), np.float32)
+    for position in range(8):
+        if position == 4:
+            caches[0] = caches[0].grown(16, 4)
+        for cache, out in zip(caches, logits, strict=True):
+            model.engine.decode(IDS[position], position, cache, out)
+        np.testing.assert_array_equal(*logits)
 
 
 @pytest.mark.parametrize("weights", ["q4", "q8"])
@@ -83,25 +178,37 @@ def test_bytes_are_those_of_the_rows(
     model.engine.select(None, dense=True)
     decoded(model, IDS[:1])
     every = model.engine.bytes_read()
-    model.engine.select(Selection("gate+down", *(thresholds(random, packed, 0.1) for _ in range(2))))
+    selection = selected(random, packed, "early+gate+down")
+    model.engine.select(selection)
     decoded(model)
-    missing = packed.config.num_hidden_layers * packed.config.intermediate_size - model.engine.neurons_read().sum(
-        axis=0
-    )
+    assert selection.predictor
+    assert selection.predictor.basis is not None
+    missing = (packed.config.intermediate_size - model.engine.neurons_read()).sum(axis=0)
     assert (missing > 0).all()
-    up = row_bytes(of.rows, hidden) if packed.config.gated else 0
-    assert every - model.engine.bytes_read() == missing[0] * up + missing[1] * row_bytes(of.down, hidden)
+    row = row_bytes(of.rows, hidden)
+    saved = missing[0] * row + missing[1] * packed.config.gated * row + missing[2] * row_bytes(of.down, hidden)
+    predicting = selection.predictor.rows.nbytes + selection.predictor.basis.nbytes
+    assert every - model.engine.bytes_read() == saved - predicting
 
 
 @pytest.mark.parametrize("weights", ["f32", "q4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_density_one_is_dense(family: str, weights: str, packed_path: PackedPath) -> None:
+def test_density_one_is_dense(family: str, weights: str, packed_path: PackedPath, random: np.random.Generator) -> None:
     packed = open_packed(packed_path(family, weights))
-    model, shape = Model(packed, 2, dense=True), (packed.config.num_hidden_layers, packed.config.intermediate_size)
+    c, model = packed.config, Model(packed, 2, dense=True)
+    layers, neurons = c.num_hidden_layers, c.intermediate_size
+    every = np.full((layers, neurons), -1, np.float32)
+    router = selected(random, packed, "router").predictor
+    assert router
     dense = decoded(model)
-    model.engine.select(Selection("gate+down", *(np.full(shape, -1, np.float32) for _ in range(2))), dense=True)
-    np.testing.assert_array_equal(decoded(model), dense)
-    assert (model.engine.neurons_read() == shape[1]).all()
+    for selection in (
+        Selection("gate+down", gate=every, down=every),
+        Selection("top", top=np.full(layers, neurons, np.int32)),
+        Selection("router", predictor=dataclasses.replace(router, bias=np.full_like(router.bias, np.inf)), window=3),
+    ):
+        model.engine.select(selection, dense=True)
+        np.testing.assert_array_equal(decoded(model), dense)
+        assert (model.engine.neurons_read() == neurons).all()
 
 
 def test_a_layer_may_drop_everything(packed_path: PackedPath) -> None:
@@ -110,7 +217,7 @@ def test_a_layer_may_drop_everything(packed_path: PackedPath) -> None:
     for part in ("gate", "down"):
         model.engine.select(Selection(part, **{part: np.full(shape, np.inf, np.float32)}))
         assert np.isfinite(decoded(model)).all()
-        assert (model.engine.neurons_read()[:, 1] == 0).all()
+        assert (model.engine.neurons_read()[:, 2] == 0).all()
 
 
 def test_a_selection_is_taken_back(packed_path: PackedPath, random: np.random.Generator) -> None:
@@ -124,13 +231,19 @@ def test_a_selection_is_taken_back(packed_path: PackedPath, random: np.random.Ge
     np.testing.assert_array_equal(decoded(model), before)
 
 
-def test_what_cannot_be_used_is_refused(packed_path: PackedPath) -> None:
+def test_what_cannot_be_used_is_refused(packed_path: PackedPath, random: np.random.Generator) -> None:
     packed = open_packed(packed_path("llama", "q4"))
     model, size = Model(packed, 1), (packed.config.num_hidden_layers, packed.config.intermediate_size)
     for wrong in (np.zeros(size[1], np.float32), np.zeros(size)):
-        with pytest.raises(ValueError, match="gate: thresholds must be float32"):
+        with pytest.raises(ValueError, match="gate is"):
             model.engine.select(Selection("gate", gate=wrong))
-    predictor = Predictor(np.zeros(1), np.zeros(1), np.zeros(1))
-    for selection in (Selection("lowrank", predictor=predictor), Selection("reuse", window=4)):
-        with pytest.raises(ValueError, match="decoding cannot use"):
+    early, top = (selected(random, packed, parts) for parts in ("early", "top"))
+    assert early.predictor
+    for selection, why in (
+        (dataclasses.replace(early, top=top.top), "exclude each other"),
+        (Selection("x", predictor=dataclasses.replace(early.predictor, basis=None)), "cannot be early"),
+        (Selection("x", predictor=dataclasses.replace(early.predictor, bias=early.predictor.bias[1:])), "bias is"),
+        (dataclasses.replace(top, window=0), "incomplete"),
+    ):
+        with pytest.raises(ValueError, match=why):
             model.engine.select(selection)

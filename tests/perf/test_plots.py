@@ -43,6 +43,17 @@ MEASURED = {
         "threads": 2,
         "speeds": [{"name": "fewfire:q4", "busy": b, "tokens_per_second": SPREAD} for b in (0, 1, 2)],
     },
+    "ways": {
+        "kind": "methods",
+        "model": "m",
+        "threads": 2,
+        "rows": [
+            {"method": f"method {m}", "spread": s, "asked": d, "speedup": 1 / d, "growth_percent": m - 10 * d}
+            for m in range(8)
+            for s in ("spread", "uniform")
+            for d in (0.9, 0.5)
+        ],
+    },
     "other": {"kind": "quality"},
 }
 
@@ -50,7 +61,7 @@ MEASURED = {
 def test_pictures_are_drawn_and_old_ones_go(tmp_path, monkeypatch):
     (tmp_path / "gone.png").write_bytes(b"")
     written = plots.draw(MEASURED, tmp_path)
-    names = {"speed.png", "grown-context.png", "grown-size.png", "rows.png", "load.png"}
+    names = {"speed.png", "grown-context.png", "grown-size.png", "rows.png", "load.png", "ways-growth.png"}
     assert {path.name for path in written} == {path.name for path in tmp_path.iterdir()} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 100_000 for path in written)
     before = {path.name: path.read_bytes() for path in written}

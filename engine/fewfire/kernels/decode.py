@@ -1,23 +1,27 @@
 """One token through all layers, compiled as one function that every thread of a team runs.
 
-A layer is four phases (see `team.py`): rows of q, k and v; attention, where a chunk is all queries of one cached head
-over a range of positions; rows of o; neurons. The serial step that follows each is small and done by whoever finished
-last. In the last phase a chunk of neurons goes through select, gather and scatter on its own (see `neurons.py`); the
-chunks' sums are added in a fixed order, as are the ranges' parts. So the result is the same bits for any number of
-threads.
+A layer is four phases (see `team.py`): q, k and v; attention, where a chunk is all queries of one cached head over a
+range of positions; o; neurons, before which some selectors have a phase of their own (see `select.py`). Projections are
+read by rows, or by columns if some of these are to be left out (see `columns.py`). The serial step that follows each
+phase is small and done by whoever finished last. In the last phase a chunk of neurons goes through select, gather and
+scatter on its own (see `neurons.py`). The sums of chunks are added in a fixed order, as are the ranges' parts. So the
+result is the same bits for any number of threads.
 """
 
 from numba import types
 
 from fewfire.kernels.attention import RANGE
-from fewfire.kernels.compile import ONE, ZERO, inline, kernel, records
-from fewfire.kernels.gather import SOON
+from fewfire.kernels.columns import COLUMN_CHUNKS, FFN, OUT, QKV, column_chunk, join_chunks, settle_gates
+from fewfire.kernels.compile import ONE, ZERO, inline, kernel, records, step
+from fewfire.kernels.gather import VALUES
+from fewfire.kernels.head import all_logits, screened_logits
 from fewfire.kernels.layer import (
     CACHE,
     LAYER,
     MODEL,
     add_block,
     add_to,
+    all_rows,
     attend_group,
     embed,
     first_seen,
@@ -26,46 +30,76 @@ from fewfire.kernels.layer import (
     place_heads,
     quantize,
     record,
+    row_chunks,
     set_rope,
 )
-from fewfire.kernels.neurons import NEURON_CHUNKS, neuron_chunk
-from fewfire.kernels.simd import call
-from fewfire.kernels.team import REGIONS, advance, finish, region_of, take, wait
+from fewfire.kernels.neurons import neuron_chunk
+from fewfire.kernels.select import NEURON_CHUNKS, find_top, reduce
+from fewfire.kernels.simd import call, load_i64
+from fewfire.kernels.team import advance, finish, take, wait
 
 _I = types.int64
-
-_HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
 
 # Buffers of one token, float32 unless said: descriptors of `x` (hidden,) and `attended`, whose values are `joined`
 # (heads * head_dim,); the residual stream `hidden` and what a block adds to it, `delta`; `query` (heads, head_width),
 # `key` (head_width,); `parts` of the heads' attention, the ranges of one head so many bytes after those of the one
-# before; `partial` (NEURON_CHUNKS, width); `cos` and `sin` (2, rope_half) of the RoPE angles. Each thread has `scores`
-# (scratch of attention), `ids` int32, `gate` and `up` (longest,) of a chunk of neurons, `block` (4, BLOCK) of those
-# that are scattered together, `factors` (scratch of gather_axpy). `read` int64 (layers, NEURON_CHUNKS, 2): neurons
-# whose up rows were read, and whose down rows were.
+# before; `partial` sums of chunks, (NEURON_CHUNKS, width) or (COLUMN_CHUNKS, outputs padded); `cos` and `sin`
+# (2, rope_half) of the RoPE angles. Each thread has `scores` (scratch of attention), `ids` int32, `gate` and `up`
+# (longest,) of a chunk of neurons, `block` (4, BLOCK) of those that are scattered together, `factors` (scratch of
+# gather_axpy). For selectors: the descriptor of `hint`, whose values are `hint_values` (rank,), of a predictor; `gates`
+# and `ups` (neurons,) where they are there before the neurons' phase (`gates` has room for the columns' sums, all gate
+# rows and then all up rows), and `least`, which the largest gates are over. For a screened head (see `head.py`) the
+# descriptor of `reduced`, whose values are `screened` (screen_rank,); of each of its chunks the `largest` logit; of
+# each thread `candidates` int32 (LIST,) and their `values`. What was read is counted, int64: gate, up and down rows in
+# `read` (layers, NEURON_CHUNKS, 3); bytes of the columns of qkv, of o, and of gate with up in `projected` (layers, 3,
+# COLUMN_CHUNKS); rows of the head in `exact`, one number for each of its chunks.
 WORK = record("""
     x attended joined hidden delta qkv query key parts parts_stride scores scores_stride partial cos sin
     ids gate up longest block factors factors_stride read
+    hint hint_values gates ups least projected
+    reduced screened largest exact candidates values
 """)
 
 
-@inline
-def _row_chunks(team):
-    """Chunks that the rows of a matrix are shared out in.
+@step
+def _begin(model, team, phase, thread, weights, work, token, position):
+    """The token's embedding, and the first layer's input."""
+    if take(team, phase, thread, ONE) >= 0:
+        embed(model, token, position, work.hidden)
+        set_rope(model, position, work.cos, work.sin)
+        next_input(model, weights.attn_norm, weights.attn_norm_bias, work.hidden, work.x, ZERO, model.quantize)
+        finish(team, ONE)
+        advance(team, phase)
+    return wait(team, phase)
 
-    Few, since streams begin anew with each (perf/LOG.md, "chunks that go on where the last one ended").
-    """
-    return 4 * team[REGIONS]
 
-
-@inline
-def _all_rows(model, team, dot, matrix, stride, count, chunk, chunks, x, out):
-    """A chunk of the rows of a matrix: a piece of each quarter of its region (see `gather.py`)."""
-    first, end = region_of(team, chunk, chunks)
-    start, stop = count * first // chunks, count * end // chunks
-    quarter, rows = (stop - start + 3) // 4, model.every + 4 * start
-    piece = quarter * (chunk - first) // (end - first), quarter * (chunk - first + 1) // (end - first)
-    call(dot, (matrix, stride, rows, rows + 4 * SOON, stride, stop - start, piece[0], piece[1], x, out + 4 * start))
+@step
+def _project(model, team, phase, thread, weights, work, cache, layer, position):
+    """q, k and v, and what an early predictor wants to know of the attention's input."""
+    rows, by_columns = (model.heads + 2 * model.kv_heads) * model.head_dim, weights.qkv_columns != 0
+    chunks = COLUMN_CHUNKS if by_columns else row_chunks(team)
+    while True:
+        chunk = take(team, phase, thread, chunks)
+        if chunk < 0:
+            break
+        if by_columns:
+            at = weights.qkv_columns, model.qkv_column, weights.qkv_least, load_i64(work.x + VALUES)
+            column_chunk(model, work, thread, layer, QKV, chunk, *at, model.hidden, rows, work.qkv)
+        else:
+            matrix = weights.qkv, model.qkv_stride
+            all_rows(model, team, model.gather_dot, *matrix, rows, chunk, chunks, work.x, work.qkv)
+        if weights.early != 0:
+            matrix, out = (weights.basis, weights.basis_stride), work.hint_values
+            all_rows(model, team, model.gather_dot, *matrix, weights.rank, chunk, chunks, work.x, out)
+        if finish(team, chunks):
+            if by_columns:
+                join_chunks(work, rows, work.qkv)
+            if weights.early != 0:
+                quantize(model.quantize, work.hint, ZERO)
+            add_to(work.qkv, weights.qkv_bias, rows)
+            place_heads(model, weights, cache, layer, position, work.qkv, work.cos, work.sin, work.query, work.key)
+            advance(team, phase)
+    return wait(team, phase)
 
 
 @inline
@@ -79,6 +113,90 @@ def _join_heads(model, ranges, parts, stride, joined):
         call(model.settle, (part, width, model.head_dim, joined + 4 * head * model.head_dim))
 
 
+@step
+def _attend(model, team, phase, thread, weights, work, cache, layer, position):
+    """The heads, side by side."""
+    first, scores = first_seen(weights, position) // RANGE, work.scores + thread * work.scores_stride
+    ranges = position // RANGE + 1 - first
+    chunks = model.kv_heads * ranges
+    while True:
+        chunk = take(team, phase, thread, chunks)
+        if chunk < 0:
+            break
+        kv_head, number = chunk // ranges, chunk % ranges
+        at, stride = work.parts + number * part_size(model), work.parts_stride
+        attend_group(model, weights, cache, layer, position, kv_head, first + number, work.query, scores, at, stride)
+        if finish(team, chunks):
+            _join_heads(model, ranges, work.parts, work.parts_stride, work.joined)
+            quantize(model.quantize, work.attended, ZERO)
+            advance(team, phase)
+    return wait(team, phase)
+
+
+@step
+def _put_out(model, team, phase, thread, weights, work, layer):
+    """o, the end of the attention block; then the FFN's input."""
+    inputs, by_columns = model.heads * model.head_dim, weights.o_columns != 0
+    chunks = COLUMN_CHUNKS if by_columns else row_chunks(team)
+    while True:
+        chunk = take(team, phase, thread, chunks)
+        if chunk < 0:
+            break
+        if by_columns:
+            at = weights.o_columns, model.o_column, weights.o_least, work.joined
+            column_chunk(model, work, thread, layer, OUT, chunk, *at, inputs, model.hidden, work.delta)
+        else:
+            matrix, out = (weights.o, model.o_stride), work.delta
+            all_rows(model, team, model.gather_dot, *matrix, model.hidden, chunk, chunks, work.attended, out)
+        if finish(team, chunks):
+            if by_columns:
+                join_chunks(work, model.hidden, work.delta)
+            add_block(model, work.hidden, work.delta, weights.o_bias, weights.attn_post_norm)
+            next_input(model, weights.ffn_norm, weights.ffn_norm_bias, work.hidden, work.x, ZERO, model.quantize)
+            advance(team, phase)
+    return wait(team, phase)
+
+
+@step
+def _all_gates(model, team, phase, thread, weights, work, layer):
+    """Gate and up of all neurons, by columns."""
+    outputs = model.neurons * (2 if model.gated else 1)
+    while True:
+        chunk = take(team, phase, thread, COLUMN_CHUNKS)
+        if chunk < 0:
+            break
+        at = weights.ffn_columns, model.ffn_column, weights.ffn_least, load_i64(work.x + VALUES)
+        column_chunk(model, work, thread, layer, FFN, chunk, *at, model.hidden, outputs, work.gates)
+        if finish(team, COLUMN_CHUNKS):
+            join_chunks(work, outputs, work.gates)
+            settle_gates(model, weights, work)
+            advance(team, phase)
+    return wait(team, phase)
+
+
+@step
+def _fire(model, team, phase, thread, layers, work, cache, layer):
+    """The neurons, the end of the FFN block; then the next layer's input, or the head's."""
+    weights, x, hidden = layers[layer], work.x, work.hidden
+    kept = cache.kept + layer * model.neurons if cache.kept != 0 else ZERO
+    while True:
+        chunk = take(team, phase, thread, NEURON_CHUNKS)
+        if chunk < 0:
+            break
+        neuron_chunk(model, weights, work, layer, thread, chunk, kept)
+        if finish(team, NEURON_CHUNKS):
+            for part in range(1, NEURON_CHUNKS):
+                add_to(work.partial, work.partial + 4 * part * model.width, model.hidden)
+            add_block(model, hidden, work.partial, weights.down_bias, weights.ffn_post_norm)
+            if layer + 1 < model.layers:
+                follower = layers[layer + 1]
+                next_input(model, follower.attn_norm, follower.attn_norm_bias, hidden, x, ZERO, model.quantize)
+            else:
+                next_input(model, model.final_norm, model.final_norm_bias, hidden, x, ZERO, model.table_quantize)
+            advance(team, phase)
+    return wait(team, phase)
+
+
 @kernel(types.int64[::1], _I, _I, records(MODEL), records(LAYER), records(WORK), records(CACHE), _I, _I, _I)
 def decode(team, phase, thread, models, layers, works, caches, token, position, logits):
     """Logits `(vocab,)` of the token at `position`, whose key and value go into the cache.
@@ -86,83 +204,20 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
     Run by every thread of the team. `models`, `works` and `caches` hold one record each.
     """
     model, work, cache = models[0], works[0], caches[0]
-    x, hidden, delta = work.x, work.hidden, work.delta
-    if take(team, phase, thread, ONE) >= 0:
-        embed(model, token, position, hidden)
-        set_rope(model, position, work.cos, work.sin)
-        next_input(model, layers[0].attn_norm, layers[0].attn_norm_bias, hidden, x, ZERO, model.quantize)
-        finish(team, ONE)
-        advance(team, phase)
-    phase = wait(team, phase)
-
+    phase = _begin(model, team, phase, thread, layers[0], work, token, position)
     for layer in range(model.layers):
         weights = layers[layer]
-        rows, chunks = (model.heads + 2 * model.kv_heads) * model.head_dim, _row_chunks(team)
-        while True:
-            chunk = take(team, phase, thread, chunks)
-            if chunk < 0:
-                break
-            _all_rows(model, team, model.gather_dot, weights.qkv, model.qkv_stride, rows, chunk, chunks, x, work.qkv)
-            if finish(team, chunks):
-                add_to(work.qkv, weights.qkv_bias, rows)
-                place_heads(model, weights, cache, layer, position, work.qkv, work.cos, work.sin, work.query, work.key)
-                advance(team, phase)
-        phase = wait(team, phase)
-
-        first, scores = first_seen(weights, position) // RANGE, work.scores + thread * work.scores_stride
-        ranges = position // RANGE + 1 - first
-        pieces = model.kv_heads * ranges
-        while True:
-            chunk = take(team, phase, thread, pieces)
-            if chunk < 0:
-                break
-            kv_head, number = chunk // ranges, chunk % ranges
-            at, stride = work.parts + number * part_size(model), work.parts_stride
-            attend_group(
-                model, weights, cache, layer, position, kv_head, first + number, work.query, scores, at, stride
-            )
-            if finish(team, pieces):
-                _join_heads(model, ranges, work.parts, work.parts_stride, work.joined)
-                quantize(model.quantize, work.attended, 0)
-                advance(team, phase)
-        phase = wait(team, phase)
-
-        while True:
-            chunk = take(team, phase, thread, chunks)
-            if chunk < 0:
-                break
-            matrix, size = (weights.o, model.o_stride), model.hidden
-            _all_rows(model, team, model.gather_dot, *matrix, size, chunk, chunks, work.attended, delta)
-            if finish(team, chunks):
-                add_block(model, hidden, delta, weights.o_bias, weights.attn_post_norm)
-                next_input(model, weights.ffn_norm, weights.ffn_norm_bias, hidden, x, ZERO, model.quantize)
-                advance(team, phase)
-        phase = wait(team, phase)
-
-        while True:
-            chunk = take(team, phase, thread, NEURON_CHUNKS)
-            if chunk < 0:
-                break
-            neuron_chunk(model, weights, work, layer, thread, chunk)
-            if finish(team, NEURON_CHUNKS):
-                for part in range(1, NEURON_CHUNKS):
-                    add_to(work.partial, work.partial + 4 * part * model.width, model.hidden)
-                add_block(model, hidden, work.partial, weights.down_bias, weights.ffn_post_norm)
-                if layer + 1 < model.layers:
-                    follower = layers[layer + 1]
-                    next_input(model, follower.attn_norm, follower.attn_norm_bias, hidden, x, ZERO, model.quantize)
-                else:
-                    next_input(model, model.final_norm, model.final_norm_bias, hidden, x, ZERO, model.table_quantize)
-                advance(team, phase)
-        phase = wait(team, phase)
-
-    chunks = _HEAD_CHUNKS * _row_chunks(team)
-    while True:
-        chunk = take(team, phase, thread, chunks)
-        if chunk < 0:
-            break
-        matrix, size = (model.head, model.table_stride), model.vocab
-        _all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, x, logits)
-        if finish(team, chunks):
-            advance(team, phase)
-    wait(team, phase)
+        phase = _project(model, team, phase, thread, weights, work, cache, layer, position)
+        phase = _attend(model, team, phase, thread, weights, work, cache, layer, position)
+        phase = _put_out(model, team, phase, thread, weights, work, layer)
+        if weights.basis != 0 and weights.early == 0:
+            phase = reduce(model, team, phase, thread, weights, work)
+        if weights.top >= 0:
+            phase = find_top(model, team, phase, thread, weights, work)
+        if weights.ffn_columns != 0:
+            phase = _all_gates(model, team, phase, thread, weights, work, layer)
+        phase = _fire(model, team, phase, thread, layers, work, cache, layer)
+    if model.screen != 0:
+        screened_logits(model, team, phase, thread, work, logits)
+    else:
+        all_logits(model, team, phase, thread, work, logits)

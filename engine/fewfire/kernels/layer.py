@@ -11,8 +11,9 @@ import numpy as np
 
 from fewfire.kernels.attention import EVERYTHING, RANGE
 from fewfire.kernels.compile import inline, step
-from fewfire.kernels.gather import VALUES
+from fewfire.kernels.gather import SOON, VALUES
 from fewfire.kernels.simd import add, call, load_f32, load_f32x8, load_i64, mul, splat_f32, store_f32, store_f32x8
+from fewfire.kernels.team import REGIONS, region_of
 
 
 def record(integers: str, floats: str = "") -> np.dtype:
@@ -33,25 +34,53 @@ _SHAPE = """
 # Rows are `stride` bytes apart; a neuron's down row begins `down` bytes into its row of `updown`. `every` is the list
 # of all rows of any matrix, and some more for kernels to look ahead to; `frequencies` float32 (2, head_dim / 2):
 # radians per position of global and local layers; `table_integer` the bytes of one quant of a vector that meets the
-# tables' rows.
+# tables' rows; `qkv_column` and so on the bytes of a column of a projection (see `columns.py`). `screen` is the head at
+# low rank (see `head.py`), 0 if there is none.
 _TABLES = """
     embed positions head table_stride qkv_stride o_stride gate_stride updown_stride down
-    final_norm final_norm_bias frequencies rope_half every table_integer
+    final_norm final_norm_bias frequencies rope_half every table_integer qkv_column o_column ffn_column
+    screen screen_stride screen_basis screen_bias screen_rank
 """
-MODEL = record(_PRIMITIVES + _SHAPE + _TABLES, "act_threshold eps attention_scale embedding_scale")
+MODEL = record(_PRIMITIVES + _SHAPE + _TABLES, "act_threshold eps attention_scale embedding_scale screen_margin")
 
-# One layer: `active` is the list of neurons that it may need; `gate_least` and `down_least` are their thresholds, 0
-# where none is dropped (see `neurons.py`); `local` says whether it uses the local RoPE, `window` what it sees.
+# One layer: `local` says whether it uses the local RoPE, `window` what it sees. `qkv_columns` and so on are projections
+# by columns, 0 where they are read by rows, and `qkv_least` their inputs' thresholds (see `columns.py`). What its FFN
+# may leave out (see `select.py`): `active` lists its neurons, group by group of `group_size`; `predictor` are rows that
+# score the `groups`, `predictor_bias` is added to that; they meet `rank` rows of `basis` times x, or x where there are
+# none; `early` says that x is the attention's. `gate_least` and `down_least` are the neurons' thresholds, `top` is how
+# many are kept, or -1. Addresses are 0 where nothing is dropped.
 LAYER = record(
     """
     qkv qkv_bias q_norm k_norm o o_bias gate gate_bias updown up_bias down_bias
     attn_norm attn_norm_bias attn_post_norm ffn_norm ffn_norm_bias ffn_post_norm local window active
-    gate_least down_least
+    qkv_columns qkv_least o_columns o_least ffn_columns ffn_least
+    predictor predictor_stride predictor_bias groups group_size basis basis_stride rank early
+    gate_least down_least top
     """
 )
 
-# One session's keys and values: (layers, kv_heads, capacity) cells each.
-CACHE = record("keys values capacity")
+# One session's keys and values: (layers, kv_heads, capacity) cells each. `kept`, uint8 (layers, neurons), says which
+# neurons are read in any case, because they were for a token shortly before; 0 where that is no reason.
+CACHE = record("keys values capacity kept")
+
+
+@inline
+def row_chunks(team):
+    """Chunks that the rows of a matrix are shared out in.
+
+    Few, since streams begin anew with each (perf/LOG.md, "chunks that go on where the last one ended").
+    """
+    return 4 * team[REGIONS]
+
+
+@inline
+def all_rows(model, team, dot, matrix, stride, count, chunk, chunks, x, out):
+    """A chunk of the rows of a matrix: a piece of each quarter of its region (see `gather.py`)."""
+    first, end = region_of(team, chunk, chunks)
+    start, stop = count * first // chunks, count * end // chunks
+    quarter, rows = (stop - start + 3) // 4, model.every + 4 * start
+    piece = quarter * (chunk - first) // (end - first), quarter * (chunk - first + 1) // (end - first)
+    call(dot, (matrix, stride, rows, rows + 4 * SOON, stride, stop - start, piece[0], piece[1], x, out + 4 * start))
 
 
 @inline

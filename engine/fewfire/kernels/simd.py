@@ -179,6 +179,11 @@ def load_i8(builder, address):
     return load(builder, address, I8)
 
 
+@instruction(types.void, types.intp, types.int64)
+def store_i8(builder, address, value):
+    builder.store(builder.trunc(value, I8), builder.inttoptr(address, I8.as_pointer()), align=1)
+
+
 @instruction(f32x8, types.intp)
 def splat_f32_at(builder, address):
     """All lanes equal to one float32 in memory."""

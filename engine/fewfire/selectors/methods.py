@@ -1,13 +1,15 @@
-"""The methods by name: what each fits, what it costs to use, and how its parts become a `Selection`.
+"""The methods by name: what each fits, and how its parts become a `Selection`.
 
-A *kind* is a part of a selection that is fitted layer by layer and has a density to choose in every layer; a *method*
-is one kind or several, and methods combine with "+". A new kind needs an entry in `KINDS`. Knows nothing of how
-densities are chosen.
+A *kind* is a part of a selection that is fitted and has a density to choose, layer by layer, or once for the output
+head; a *method* is one kind or several, and methods combine with "+". A new kind needs an entry in `KINDS`, and one in
+`METHODS` under the name that people know. Knows nothing of how densities are chosen.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,24 +18,24 @@ from fewfire import reference
 from fewfire.config import EXACT_ZEROS
 from fewfire.observe import Layer
 from fewfire.packed import Packed
-from fewfire.quantize import row_bytes
-from fewfire.selectors import threshold
+from fewfire.selectors import lowrank, magnitude, router, screen, threshold, top
 from fewfire.selectors.selection import Selection
 from fewfire.selectors.threshold import Curve
-from fewfire.spread import Choice
 
 Fit = dict[str, np.ndarray]  # what was fitted for one layer; at least "densities" and "errors", both rising (falling)
-GRID = np.round(np.arange(0.05, 1.001, 0.025), 3)  # densities to choose from
 
 
 class Kind(NamedTuple):
-    """How to fit one kind of part."""
+    """How to fit one kind of part, and what it decides about."""
 
-    fit: Callable[[Packed, Layer], Fit]
+    field: str  # of `Selection`
+    part: str  # of the model: "ffn", "qkv", "o" or "head"
+    fit: Callable[[Packed, Any], Fit]  # of a `Layer`; for the head of an `Observation` that has seen all layers
     fill: Callable[
         [Packed, Sequence[Fit], Sequence[float]], Any
     ]  # fits and densities by layer -> the selection's field
-    probe: str  # the kind whose measured damage stands for this one's: they change the same layer's same output
+    probe: str | None  # the kind whose measured damage stands for this one's, since both change the same layer's same
+    # output; None if the errors of a fit are nats of KL divergence already
 
 
 def _down(packed: Packed, layer: Layer) -> Fit:
@@ -45,11 +47,15 @@ def _gate(packed: Packed, layer: Layer) -> Fit:
 
 
 def _curve(packed: Packed, layer: Layer, values: np.ndarray, weights: np.ndarray) -> Fit:
-    config, down = packed.config, layer.tensors["down.weight"]
-    output = reference.linear(layer.tensors, "down", layer.fired)
-    normed = reference.normed(config, layer.tensors, "ffn_post_norm", output) if config.post_norms else None
-    found = threshold.curve(values, weights, layer.fired, down, threshold.energy(layer.residual, output, normed))
+    found = threshold.curve(values, weights, layer.fired, layer.tensors["down.weight"], _energy(packed, layer))
     return dict(vars(found))
+
+
+def _energy(packed: Packed, layer: Layer) -> np.ndarray:
+    """What an error of the FFN's output is divided by, `(T,)`."""
+    config, output = packed.config, reference.linear(layer.tensors, "down", layer.fired)
+    normed = reference.normed(config, layer.tensors, "ffn_post_norm", output) if config.post_norms else None
+    return threshold.energy(layer.residual, output, normed)
 
 
 def _thresholds(packed: Packed, fits: Sequence[Fit], densities: Sequence[float]) -> np.ndarray:
@@ -58,70 +64,105 @@ def _thresholds(packed: Packed, fits: Sequence[Fit], densities: Sequence[float])
     return np.maximum(found, np.float32(0)) if packed.config.hidden_act in EXACT_ZEROS else found
 
 
+def _top(packed: Packed, layer: Layer) -> Fit:
+    errors = top.errors(layer.gate, layer.fired, layer.tensors["down.weight"], _energy(packed, layer))
+    return {"densities": np.array(threshold.DENSITIES), "errors": errors}
+
+
+def _counts(packed: Packed, fits: Sequence[Fit], densities: Sequence[float]) -> np.ndarray:
+    return top.fill(packed.config.intermediate_size, densities)
+
+
 KINDS: dict[str, Kind] = {
-    "down": Kind(_down, _thresholds, "down"),
-    "gate": Kind(_gate, _thresholds, "down"),
+    "down": Kind("down", "ffn", _down, _thresholds, "down"),
+    "gate": Kind("gate", "ffn", _gate, _thresholds, "down"),
+    "top": Kind("top", "ffn", _top, _counts, "down"),
+    "lowrank": Kind("predictor", "ffn", lowrank.fit, lowrank.fill, "down"),
+    "router": Kind("predictor", "ffn", router.fit, router.fill, "down"),
+    "ffn": Kind("ffn", "ffn", magnitude.fit_ffn, magnitude.fill_ffn, "down"),
+    "qkv": Kind("qkv", "qkv", magnitude.fit_qkv, magnitude.fill_qkv, "qkv"),
+    "o": Kind("o", "o", magnitude.fit_o, magnitude.fill_o, "o"),
+    "screen": Kind("screen", "head", screen.fit, screen.fill, None),
 }
-_METHODS: dict[str, tuple[str, ...]] = {
+#: The kinds that a method consists of.
+METHODS: dict[str, tuple[str, ...]] = {
     "down": ("down",),
     "gate": ("gate",),
+    "topk": ("top",),
+    "lowrank": ("lowrank",),
+    "router": ("router",),
+    "magnitude": ("qkv", "o", "ffn", "down"),
+    "qkv": ("qkv",),
+    "o": ("o",),
+    "screen": ("screen",),
 }
-#: What is tried if no method is asked for.
-USUAL = ("down", "gate", "gate+down")
+#: What is tried if no method is asked for. What one has, another need not repeat with less: each layer decides by
+#: itself whether a kind is worth its bytes there.
+USUAL = ("gate+screen", "gate+down+o+screen")
+_REUSE = re.compile(r"reuse-([1-9][0-9]{0,3})")
 
 
-def kinds_of(method: str) -> tuple[str, ...]:
-    """The kinds that a method such as "gate+down" consists of. Raises `ValueError` for one that is not known."""
-    names = [name.strip() for name in method.split("+")]
-    for name in names:
-        if name not in _METHODS:
-            raise ValueError(f"unknown method {name!r}: choose from {', '.join(_METHODS)}, or several joined with +")
-    return tuple(dict.fromkeys(kind for name in names for kind in _METHODS[name]))
+@dataclass(frozen=True)
+class Method:
+    """What a name such as "gate+down+reuse-8" means."""
+
+    name: str
+    kinds: tuple[str, ...]
+    window: int = 1  # tokens over which neurons stay kept
+
+
+def parse(name: str) -> Method:
+    """A method by its name. Raises `ValueError` for one that is not known and for what does not go together."""
+    names = list(dict.fromkeys(part.strip() for part in name.split("+")))
+    kinds, windows = list[str](), list[int]()
+    for part in names:
+        if part == "exact":
+            raise ValueError("exact needs no calibration: ReLU models leave out zeros by themselves, others have none")
+        if reuse := _REUSE.fullmatch(part):
+            windows.append(int(reuse[1]))
+        elif part in METHODS:
+            kinds += METHODS[part]
+        else:
+            raise ValueError(f"unknown method {part!r}: choose from {known()}, or several joined with +")
+    found = Method("+".join(names), tuple(dict.fromkeys(kinds)), *windows[:1])
+    if why := _conflict(found.kinds, windows):
+        raise ValueError(f"{found.name} does not go together: {why}")
+    return found
+
+
+def known() -> str:
+    """The names of all methods, for people."""
+    return ", ".join([*METHODS, "reuse-8"])
+
+
+def _conflict(kinds: Sequence[str], windows: Sequence[int]) -> str:
+    """Why kinds cannot be combined; nothing if they can."""
+    fields = [KINDS[kind].field for kind in kinds]
+    neurons = set(fields) & {"gate", "down", "top", "predictor"}
+    if fields.count("predictor") > 1:
+        return "one predictor decides, not two"
+    if {"predictor", "top"} <= set(fields):
+        return "topk compares all neurons, and a predictor leaves some of them uncomputed"
+    if "ffn" in fields and neurons - {"down"}:
+        return "columns compute every gate and up, so that no neuron is left to drop before (qkv+o leave the FFN alone)"
+    if len(windows) > 1 or 1 in windows:
+        return "reuse-N is for one number of tokens, 2 or more"
+    if windows and not neurons:
+        return f"reuse-{windows[0]} keeps the neurons that a method such as gate has chosen, and there is none"
+    return ""
 
 
 def selection(
-    packed: Packed, method: str, fits: Mapping[str, Sequence[Fit]], densities: Mapping[str, Sequence[float]]
+    packed: Packed, method: Method, fits: Mapping[str, Sequence[Fit]], densities: Mapping[str, Sequence[float]]
 ) -> Selection:
     """The selection that keeps, of each kind, the given share in each layer."""
-    return Selection(method, **{k: KINDS[k].fill(packed, fits[k], d) for k, d in densities.items()})
+    parts: dict[str, Any] = {KINDS[k].field: KINDS[k].fill(packed, fits[k], d) for k, d in densities.items()}
+    return Selection(method.name, window=method.window, **parts)
 
 
-def governed_bytes(packed: Packed, kinds: Sequence[str]) -> int:
-    """Bytes of all rows that these kinds may leave out: what their density is a share of."""
-    _, up, down = _neuron(packed)
-    per_neuron = down + (up if set(kinds) != {"down"} else 0)
-    return packed.config.num_hidden_layers * packed.config.intermediate_size * per_neuron
-
-
-def choices(packed: Packed, fits: Mapping[str, Sequence[Fit]], weights: Mapping[str, Sequence[float]]) -> list[Choice]:
-    """One choice for each layer, whose settings are densities by kind.
-
-    fits: by kind and layer; weights: damage done by an error of 1, by kind and layer. `Choice.bytes` counts the rows
-    that these kinds may leave out.
-    """
-    layers = range(packed.config.num_hidden_layers)
-    return [_ffn(packed, {k: fits[k][i] for k in fits}, {k: weights[k][i] for k in fits}) for i in layers]
-
-
-def _ffn(packed: Packed, fits: Mapping[str, Fit], weights: Mapping[str, float]) -> Choice:
-    grids = dict(zip(fits, np.meshgrid(*[GRID[::-1]] * len(fits), indexing="ij"), strict=True))
-    damage = sum(weights[k] * np.interp(grids[k], fits[k]["densities"], fits[k]["errors"]) for k in fits)
-    _, up, down = _neuron(packed)
-    every = np.ones(())
-    # What a later test keeps, nearly all earlier ones do: they look for the same neurons.
-    fired = grids.get("gate", every)
-    read = packed.config.intermediate_size * (
-        (up * fired if "gate" in fits else 0) + down * np.minimum(fired, grids.get("down", every))
-    )
-    settings = [
-        dict(zip(fits, map(float, each), strict=True))
-        for each in np.stack(list(grids.values()), -1).reshape(-1, len(fits))
-    ]
-    return Choice(np.asarray(read, float).reshape(-1), np.asarray(damage).reshape(-1), settings)
-
-
-def _neuron(packed: Packed) -> tuple[int, int, int]:
-    """Bytes of a neuron's gate, up and down rows."""
-    of, c = packed.formats, packed.config
-    row = row_bytes(of.rows, c.hidden_size)
-    return row, row if c.gated else 0, row_bytes(of.down, c.hidden_size)
+def missed(fits: Mapping[str, Sequence[Fit]], densities: Mapping[str, Sequence[float]]) -> float | None:
+    """An upper bound (95 %) on the share of tokens whose most probable next token a screen misses, None without one."""
+    for kind, found in fits.items():
+        if KINDS[kind].part == "head":
+            return float(np.interp(densities[kind][0], found[0]["densities"], found[0]["missed"]))
+    return None

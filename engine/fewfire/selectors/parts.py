@@ -11,7 +11,7 @@ import numpy as np
 
 from fewfire.packed import Packed
 from fewfire.quantize import padded, row_bytes
-from fewfire.selectors.selection import Columns, Predictor, Screen, Selection
+from fewfire.selectors.selection import COLUMNS, Columns, Predictor, Screen, Selection, column_shape
 
 _PARTS: dict[str, type] = {"predictor": Predictor, "qkv": Columns, "o": Columns, "ffn": Columns, "screen": Screen}
 _ROWS = 4096  # stored rows of an array whose scales are checked
@@ -41,6 +41,14 @@ def unflatten(arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> S
     return Selection(**values)
 
 
+def fitting(packed: Packed, selection: Selection) -> Selection:
+    """The selection with all its arrays contiguous. Raises `ValueError` if it does not fit the model."""
+    arrays, numbers = flatten(selection)
+    if wrong := misfit(packed, arrays, numbers):
+        raise ValueError(f"the selection does not fit the model: {wrong}")
+    return unflatten(arrays, numbers)
+
+
 def misfit(packed: Packed, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> str:
     """What is wrong with a selection for this model, in a few words; nothing if it fits."""
     try:
@@ -56,6 +64,12 @@ def misfit(packed: Packed, arrays: Mapping[str, np.ndarray], numbers: Mapping[st
         if dtype == np.float32 and np.isnan(array).any():
             return f"{name} has NaN"
     neurons = packed.config.intermediate_size
+    if "top" in arrays and "predictor.rows" in arrays:
+        return "a predictor and the largest neurons exclude each other"
+    if "ffn.columns" in arrays and {"top", "predictor.rows"} & set(arrays):
+        return "gate and up by columns, and a choice of neurons before that, exclude each other"
+    if numbers.get("predictor.early") and "predictor.basis" not in arrays:
+        return "a predictor without a basis cannot be early"
     if "top" in arrays and not ((arrays["top"] >= 0) & (arrays["top"] <= neurons)).all():
         return f"top is not from 0 to {neurons}"
     if "predictor.members" in arrays and (np.sort(arrays["predictor.members"]) != np.arange(neurons)).any():
@@ -87,9 +101,9 @@ def _expected(
         found["predictor.members"] = (np.int32, (layers, c.intermediate_size))
         if "predictor.basis" in arrays:
             found["predictor.basis"] = (np.uint8, (layers, arrays["predictor.basis"].shape[1], 0))
-    for name in parts & {"qkv", "o", "ffn"}:
-        found[f"{name}.columns"] = (np.uint8, (layers, _inputs(packed, name), 0))
-        found[f"{name}.thresholds"] = (np.float32, (layers,))
+    for name in parts & set(COLUMNS):
+        found[f"{name}.columns"] = (np.uint8, (layers, column_shape(c, name)[0], 0))
+        found[f"{name}.thresholds"] = (np.float32, (layers, column_shape(c, name)[0]))
     if "screen" in parts:
         rank, margin = numbers["screen.rank"], numbers["screen.margin"]
         if type(rank) is not int or not isinstance(margin, float) or math.isnan(margin):
@@ -103,28 +117,18 @@ def _expected(
     return found
 
 
-def _inputs(packed: Packed, part: str) -> int:
-    c = packed.config
-    return c.num_attention_heads * c.head_dim if part == "o" else c.hidden_size
-
-
 def _formats(
     packed: Packed, numbers: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> dict[str, tuple[str, int]]:
     """The number format and the columns of every array of stored rows."""
     c, of = packed.config, packed.formats
-    outputs = {
-        "qkv": (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim,
-        "o": c.hidden_size,
-        "ffn": c.intermediate_size * (2 if c.gated else 1),
-    }
     basis = arrays.get("predictor.basis")
     found = {
         "predictor.rows": (of.rows, c.hidden_size if basis is None else basis.shape[1]),
         "predictor.basis": (of.rows, c.hidden_size),
         "screen.rows": (of.rows, numbers.get("screen.rank", 0)),
         "screen.basis": (of.table, c.hidden_size),
-        **{f"{part}.columns": (of.down, columns) for part, columns in outputs.items()},
+        **{f"{part}.columns": (of.down, column_shape(c, part)[1]) for part in COLUMNS},
     }
     return {name: form for name, form in found.items() if name in arrays}
 

@@ -3,8 +3,8 @@
 A neuron is read if it passes everything that is set here, in this order: `predictor` or `top`, then `gate`, then
 `down`. Every part says with a threshold what is dropped; -1 drops nothing, so that a layer can stay dense. Weights are
 stored rows (`quantize.py`) in the model's own formats: `rows` of the model where they are multiplied with a vector,
-`down` where they are added up. Thresholds are per neuron, because neurons differ in what they matter to the output; a
-method that has one for a layer repeats it.
+`down` where they are added up. Thresholds are per neuron or input, because these differ in what they matter to the
+output; a method that has one for a layer repeats it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
+from fewfire.config import ModelConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,18 +30,37 @@ class Predictor:
     bias: np.ndarray  # (layers, groups) float32
     members: np.ndarray  # (layers, neurons) int32
     basis: np.ndarray | None = None  # (layers, rank, bytes of a row of `hidden` columns) uint8
-    early: bool = False
+    early: bool = False  # only with a basis
+
+    @property
+    def group_size(self) -> int:
+        """Neurons of a group."""
+        return -(-self.members.shape[1] // self.bias.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """A projection by columns: those whose input's absolute value is not over the layer's threshold are not read.
+    """A projection by columns: those whose input's absolute value is not over its threshold are not read.
 
-    The stored rows are the columns of the projection, in the layout and format of down rows.
+    The stored rows are the columns of the projection, in the layout and format of down rows; kernels may read up to 63
+    bytes behind the last. Where all thresholds of a layer are -1, the projection is read by rows.
     """
 
     columns: np.ndarray  # (layers, inputs, bytes of a row of `outputs` columns) uint8
-    thresholds: np.ndarray  # (layers,) float32
+    thresholds: np.ndarray  # (layers, inputs) float32
+
+
+COLUMNS = ("qkv", "o", "ffn")  # the parts of a selection that are columns
+
+
+def column_shape(config: ModelConfig, part: str) -> tuple[int, int]:
+    """Inputs and outputs of the projection that `Selection.qkv`, `.o` or `.ffn` is."""
+    heads, hidden = config.num_attention_heads * config.head_dim, config.hidden_size
+    return {
+        "qkv": (hidden, heads + 2 * config.num_key_value_heads * config.head_dim),
+        "o": (heads, hidden),
+        "ffn": (hidden, config.intermediate_size * (2 if config.gated else 1)),
+    }[part]
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,7 @@ from fewfire.packed import DESCRIPTION, WEIGHTS, Packed
 from fewfire.selectors.parts import flatten, misfit, unflatten
 from fewfire.selectors.selection import Selection
 
-VERSION = 1  # of the files, and of what the kernels make of them
+VERSION = 2  # of the files, and of what the kernels make of them
 NAME = "selectors.json"
 _TENSORS = "selectors-{}.safetensors"
 _TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
@@ -50,7 +50,7 @@ class About:
 
     method: str  # as it was asked for or found: "gate+magnitude"
     density: float  # share of the bytes of the rows that the method may leave out, read for a token
-    densities: dict[str, list[float]]  # share kept by each part of the method, layer by layer
+    densities: dict[str, list[float]]  # share kept by each part of the method, layer by layer; the head is one layer
     settings: dict[str, Any]  # what was asked for: {"density": 0.5} or {"budget": 0.01}
     sample: str  # the text that it was fitted to
     tokens: int  # that the three figures were measured on
@@ -61,6 +61,7 @@ class About:
     bytes_per_token: int  # of weights
     dense_bytes_per_token: int
     speedup: float  # dense time of a decoded token / its time, on the machine that calibrated
+    missed: float | None = None  # upper bound (95 %) on the share of tokens whose likeliest next one the head misses
     tried: list[dict[str, Any]] = field(default_factory=list)  # other methods' figures, if several were tried
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import planted
 
+import planted
 from fewfire.packed import Formats
 from fewfire.quantize import encode
 from fewfire.selectors import Predictor

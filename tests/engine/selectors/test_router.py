@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import planted
 import pytest
 
+import planted
 from fewfire.selectors import Selection, router
 from fewfire.selectors.parts import flatten, misfit
 from fewfire.selectors.predicted import predicted

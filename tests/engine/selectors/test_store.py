@@ -46,7 +46,7 @@ def everything(packed: Packed) -> Selection:
         return quantize.encode(values, weights, "dot").view(np.uint8).reshape(*shape, -1)
 
     def columns(inputs: int, outputs: int) -> Columns:
-        return Columns(rows(of.down, outputs, layers, inputs), random.random(layers, np.float32))
+        return Columns(rows(of.down, outputs, layers, inputs), random.random((layers, inputs), np.float32))
 
     limits = random.random((layers, neurons), np.float32)
     limits[0, 0], limits[1, 1] = np.inf, -1
@@ -59,10 +59,19 @@ def everything(packed: Packed) -> Selection:
         rows(of.rows, 64, c.vocab_size), rows(of.table, hidden, 64), 64, np.zeros(c.vocab_size, np.float32), 2.5
     )
     return Selection(
-        "everything", limits, limits[::-1].copy(), np.array([5, 96, 0], np.int32), predictor,
+        "everything", limits, limits[::-1].copy(), None, predictor,
         columns(hidden, c.head_dim * (c.num_attention_heads + 2 * c.num_key_value_heads)),
-        columns(c.num_attention_heads * c.head_dim, hidden), columns(hidden, 2 * neurons), 8, screen,
+        columns(c.num_attention_heads * c.head_dim, hidden), None, 8, screen,
     )  # fmt: skip
+
+
+def by_columns(packed: Packed) -> Selection:
+    """What `everything` cannot have because it has a predictor: gate and up by columns."""
+    c = packed.config
+    values = np.random.default_rng(1).standard_normal((c.num_hidden_layers * c.hidden_size, 2 * c.intermediate_size))
+    stored = quantize.encode(values.astype(np.float32), packed.formats.down, "axpy").view(np.uint8)
+    shape = c.num_hidden_layers, c.hidden_size
+    return Selection("ffn", ffn=Columns(stored.reshape(*shape, -1), np.full(shape, 0.1, np.float32)))
 
 
 def flat(selection: Selection | None) -> dict[str, Any]:
@@ -108,9 +117,9 @@ def test_comes_back(packed: Packed, make: Callable[[Packed], Selection]) -> None
 @pytest.mark.parametrize("weights", quantize.FORMATS)
 def test_every_format(packed_path: PackedPath, tmp_path: Path, weights: str) -> None:
     packed = open_packed(Path(shutil.copytree(packed_path("llama", weights), tmp_path / "packed")))
-    saved = everything(packed)
-    store.save(packed, saved, ABOUT)
-    assert same(saved, store.load(packed))
+    for saved in (everything(packed), by_columns(packed)):
+        store.save(packed, saved, ABOUT)
+        assert same(saved, store.load(packed))
 
 
 def test_there_is_room_behind_every_array(packed: Packed) -> None:
@@ -279,9 +288,9 @@ def test_edited_description(packed: Packed) -> None:
         ({"gate": np.zeros((3, 95), np.float32)}, "gate is"),
         ({"gate": np.zeros((3, 96))}, "float64"),
         ({"top": np.array([1, 2, 97], np.int32)}, "top"),
-        ({"qkv": Columns(np.zeros((3, 64, 4), np.uint8), np.zeros(3, np.float32))}, "qkv.columns"),
-        ({"o": Columns(np.zeros((3, 64, 68), np.uint8), np.full(3, np.nan, np.float32))}, "o.thresholds has NaN"),
-        ({"o": Columns(np.full((3, 64, 68), 0xFF, np.uint8), np.zeros(3, np.float32))}, "not finite"),
+        ({"qkv": Columns(np.zeros((3, 64, 4), np.uint8), np.zeros((3, 64), np.float32))}, "qkv.columns"),
+        ({"o": Columns(np.zeros((3, 64, 68), np.uint8), np.full((3, 64), np.nan, np.float32))}, "o.thresholds has NaN"),
+        ({"o": Columns(np.full((3, 64, 68), 0xFF, np.uint8), np.zeros((3, 64), np.float32))}, "not finite"),
         ({"window": 0}, "incomplete"),
     ],
 )

@@ -1,0 +1,136 @@
+"""The output head of one token: every logit, or a cheap screen of all and the exact logits of those that may matter.
+
+The screen has low rank: logits = rows (basis x) + bias, in a fraction of the head's bytes. Tokens whose screened logit
+is no more than a margin under the largest are candidates: their rows of the head are read. The others keep the screened
+logit, so that there is always a whole distribution. How a screen is fitted, and what it costs, is not known here
+(`selectors/screen.py`).
+
+Three phases: rows of the basis; screened logits, of each chunk with their largest; candidates, which each chunk looks
+for among its own tokens. A logit is the same bits in whatever chunk it is computed, and so are all results.
+"""
+
+import numpy as np
+
+from fewfire.kernels.compile import inline, step
+from fewfire.kernels.gather import SOON
+from fewfire.kernels.layer import all_rows, quantize, row_chunks
+from fewfire.kernels.simd import call, load_f32, load_i32, store_f32, store_i32, store_i64
+from fewfire.kernels.team import REGIONS, advance, finish, take, wait
+
+_HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
+_CHUNKS = 16  # that the vocabulary is shared out in, for each thread
+_LISTED = 256  # candidates that are computed together
+LIST = _LISTED + SOON  # entries of a thread's list of candidates
+
+
+def head_chunks(threads: int) -> int:
+    """Chunks of the vocabulary."""
+    return _CHUNKS * threads
+
+
+@inline
+def _part(model, chunk, chunks):
+    """The first token of a chunk, and the first behind it."""
+    return model.vocab * chunk // chunks, model.vocab * (chunk + 1) // chunks
+
+
+@inline
+def _larger(a, b):
+    """NaN is larger than anything, so that it is not hidden."""
+    return b if not b <= a else a
+
+
+@step
+def _screen_part(model, start, stop, reduced, logits):
+    """The screened logits of tokens start to stop; returns the largest."""
+    largest, count = np.float32(-np.inf), stop - start
+    if count > 0:
+        rows, stride = model.every + 4 * start, model.screen_stride
+        listed = (rows, rows + 4 * SOON, stride, count, 0, (count + 3) // 4)
+        call(model.gather_dot, (model.screen, stride, *listed, reduced, logits + 4 * start))
+        for i in range(4 * start, 4 * stop, 4):
+            value = load_f32(logits + i) + load_f32(model.screen_bias + i)
+            store_f32(logits + i, value)
+            largest = _larger(largest, value)
+    return largest
+
+
+@inline
+def _exact(model, ids, count, x, values, logits):
+    """The exact logits of the listed tokens."""
+    for i in range(count, count + SOON):  # what kernels look ahead to
+        store_i32(ids + 4 * i, load_i32(ids + 4 * count - 4))
+    stride = model.table_stride
+    listed = (ids, ids + 4 * SOON, stride, count, 0, (count + 3) // 4)
+    call(model.table_dot, (model.head, stride, *listed, x, values))
+    for i in range(0, 4 * count, 4):
+        store_f32(logits + 4 * load_i32(ids + i), load_f32(values + i))
+
+
+@step
+def _exact_part(model, start, stop, least, x, ids, values, logits):
+    """Exact logits for the candidates among tokens start to stop; returns how many there are."""
+    found, listed = 0, 0
+    for token in range(start, stop):
+        store_i32(ids + 4 * listed, token)
+        listed += not load_f32(logits + 4 * token) < least
+        if listed == _LISTED or (token == stop - 1 and listed > 0):
+            _exact(model, ids, listed, x, values, logits)
+            found, listed = found + listed, 0
+    return found
+
+
+@step
+def all_logits(model, team, phase, thread, work, logits):
+    """Logits `(vocab,)` of the final hidden state, all of them exact."""
+    chunks = _HEAD_CHUNKS * row_chunks(team)
+    while True:
+        chunk = take(team, phase, thread, chunks)
+        if chunk < 0:
+            break
+        matrix, size = (model.head, model.table_stride), model.vocab
+        all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, work.x, logits)
+        if finish(team, chunks):
+            advance(team, phase)
+    wait(team, phase)
+
+
+@step
+def screened_logits(model, team, phase, thread, work, logits):
+    """Logits `(vocab,)` of the final hidden state through the screen; leaves how many were exact in `work.exact`."""
+    chunks = row_chunks(team)
+    while True:
+        chunk = take(team, phase, thread, chunks)
+        if chunk < 0:
+            break
+        matrix, size = (model.screen_basis, model.table_stride), model.screen_rank
+        all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, work.x, work.screened)
+        if finish(team, chunks):
+            quantize(model.quantize, work.reduced, 0)
+            advance(team, phase)
+    phase = wait(team, phase)
+
+    chunks = _CHUNKS * team[REGIONS]
+    while True:
+        chunk = take(team, phase, thread, chunks)
+        if chunk < 0:
+            break
+        start, stop = _part(model, chunk, chunks)
+        store_f32(work.largest + 4 * chunk, _screen_part(model, start, stop, work.reduced, logits))
+        if finish(team, chunks):
+            for i in range(4, 4 * chunks, 4):
+                store_f32(work.largest, _larger(load_f32(work.largest), load_f32(work.largest + i)))
+            advance(team, phase)
+    phase = wait(team, phase)
+
+    least = load_f32(work.largest) - np.float32(model.screen_margin)
+    ids, values = work.candidates + 4 * LIST * thread, work.values + 4 * LIST * thread
+    while True:
+        chunk = take(team, phase, thread, chunks)
+        if chunk < 0:
+            break
+        start, stop = _part(model, chunk, chunks)
+        store_i64(work.exact + 8 * chunk, _exact_part(model, start, stop, least, work.x, ids, values, logits))
+        if finish(team, chunks):
+            advance(team, phase)
+    wait(team, phase)

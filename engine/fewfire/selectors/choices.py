@@ -1,0 +1,137 @@
+"""The densities that each part of a model may choose from, with the bytes that a token reads then and the damage done.
+
+A layer's FFN is one part, with a density for each of a method's kinds in it; its attention has two, what comes before
+and what comes after; the output head is one. `spread.py` chooses. Bytes are those of the rows that a method may leave
+out, and of what it reads in addition: predictors, screens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fewfire.packed import Packed
+from fewfire.quantize import row_bytes
+from fewfire.selectors.methods import KINDS, Fit
+from fewfire.spread import Choice
+
+_GRID = np.round(np.arange(0.05, 1.001, 0.025), 3)  # densities to choose from
+_COARSE = _GRID[::2]  # of a part that has three kinds or more
+_HEAD = 60  # densities of the head, which is the only one that a hundredth may be enough for
+
+#: What matrices each field of a selection leaves rows of out.
+_GOVERNS: dict[str, tuple[str, ...]] = {
+    "down": ("down",),
+    "gate": ("up", "down"),
+    "top": ("up", "down"),
+    "predictor": ("gate", "up", "down"),
+    "ffn": ("gate", "up"),
+    "qkv": ("qkv",),
+    "o": ("o",),
+    "screen": ("head",),
+}
+
+
+def governed_bytes(packed: Packed, kinds: Sequence[str]) -> int:
+    """Bytes of all rows that these kinds may leave out: what their density is a share of."""
+    size = _matrices(packed)
+    return sum(
+        size[name] * (1 if name == "head" else packed.config.num_hidden_layers)
+        for name in {name for kind in kinds for name in _GOVERNS[KINDS[kind].field]}
+    )
+
+
+def choices(packed: Packed, fits: Mapping[str, Sequence[Fit]], weights: Mapping[str, Sequence[float]]) -> list[Choice]:
+    """One choice for each part that the kinds decide about, in the order of the layers; settings are densities by kind.
+
+    fits: by kind and layer (the head is one layer); weights: damage done by an error of 1, by kind and layer. Only
+    settings that no other one is better than are there, in falling order of their bytes: from everything kept on.
+    """
+    found = []
+    for part in dict.fromkeys(KINDS[kind].part for kind in fits):
+        inside = [kind for kind in fits if KINDS[kind].part == part]
+        added = {KINDS[kind].field: _added(packed, kind, fits[kind]) for kind in inside}
+        for layer in range(len(fits[inside[0]])):
+            here = {kind: fits[kind][layer] for kind in inside}
+            grids = dict(zip(here, np.meshgrid(*_axes(part, here), indexing="ij"), strict=True))
+            damage: Any = sum(weights[k][layer] * np.interp(d, here[k]["densities"], here[k]["errors"])
+                              for k, d in grids.items())  # fmt: skip
+            read = _read(packed, {KINDS[kind].field: density for kind, density in grids.items()}, added)
+            found.append(_front(read.reshape(-1), damage.reshape(-1), grids))
+    return found
+
+
+def _axes(part: str, fits: Mapping[str, Fit]) -> list[np.ndarray]:
+    """The densities of each kind, rising, as far as they were measured."""
+    if part == "head":  # from the largest that was measured on, a screen keeps everything
+        measured = [fit["densities"] for fit in fits.values()]
+        return [np.append(np.geomspace(each[0], each[-2], _HEAD), 1.0) for each in measured]
+    least = [float(fit["densities"][0]) for fit in fits.values()]
+    grid = _GRID if len(fits) < 3 else _COARSE
+    return [np.append(grid[(grid >= each) & (grid < 1)], 1.0) for each in least]
+
+
+def _front(read: np.ndarray, damage: np.ndarray, densities: Mapping[str, np.ndarray]) -> Choice:
+    """The settings than which none reads less and does as little damage."""
+    order = np.lexsort((damage, read))
+    least = np.minimum.accumulate(np.append(np.inf, damage[order][:-1]))
+    chosen = order[damage[order] < least][::-1]
+    columns = {kind: each.reshape(-1)[chosen].tolist() for kind, each in densities.items()}
+    settings = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return Choice(read[chosen].astype(float), damage[chosen].astype(float), settings)
+
+
+def _read(packed: Packed, densities: Mapping[str, np.ndarray], added: Mapping[str, float]) -> np.ndarray:
+    """Bytes that a layer, or the head, reads at densities by field, of all that these fields decide about."""
+    size, column, every = _matrices(packed), _columns(packed), np.ones(())
+    predicted = densities.get("predictor", every)
+    # What a later test keeps, nearly all earlier ones do: they look for the same neurons.
+    fired = np.minimum(predicted, np.minimum(densities.get("gate", every), densities.get("top", every)))
+    share = {"gate": predicted, "up": fired, "down": np.minimum(fired, densities.get("down", every))}
+    if "screen" in densities:
+        share["head"] = densities["screen"]
+    found = np.zeros(np.broadcast_shapes(*(each.shape for each in densities.values())))
+    for name in {name for field in densities for name in _GOVERNS[field]}:
+        found = found + size[name] * share.get(name, every)
+    for field in column.keys() & densities.keys():
+        rows, density = sum(size[name] for name in _GOVERNS[field]), densities[field]
+        found = found + np.where(density < 1, column[field] * density - rows, 0)  # rows are read when all are
+    for field, more in added.items():
+        found = found + np.where(densities[field] < 1, more, 0)
+    return found
+
+
+def _matrices(packed: Packed) -> dict[str, int]:
+    """Bytes of each matrix of a layer, and of the head."""
+    c, of, arrays = packed.config, packed.formats, packed.arrays
+    row = row_bytes(of.rows, c.hidden_size)
+    return {
+        "qkv": arrays["qkv"].nbytes // c.num_hidden_layers,
+        "o": arrays["o"].nbytes // c.num_hidden_layers,
+        "gate": c.intermediate_size * row,
+        "up": c.intermediate_size * (row if c.gated else 0),
+        "down": c.intermediate_size * row_bytes(of.down, c.hidden_size),
+        "head": arrays.get("head", arrays["embed"]).nbytes,
+    }
+
+
+def _columns(packed: Packed) -> dict[str, int]:
+    """Bytes of all columns of each projection that can be read by columns, in a layer."""
+    c, down = packed.config, packed.formats.down
+    queries = c.num_attention_heads * c.head_dim
+    return {
+        "qkv": c.hidden_size * row_bytes(down, queries + 2 * c.num_key_value_heads * c.head_dim),
+        "o": queries * row_bytes(down, c.hidden_size),
+        "ffn": c.hidden_size * row_bytes(down, c.intermediate_size * (2 if c.gated else 1)),
+    }
+
+
+def _added(packed: Packed, kind: str, fits: Sequence[Fit]) -> float:
+    """Bytes of weights that a layer reads in addition wherever the kind leaves something out."""
+    if KINDS[kind].field not in ("predictor", "screen"):
+        return 0.0
+    filled = KINDS[kind].fill(packed, fits, [float(fit["densities"][0]) for fit in fits])
+    bias = filled.bias.nbytes if KINDS[kind].field == "screen" else 0  # of predictors it is not worth counting
+    return (filled.rows.nbytes + bias + (0 if filled.basis is None else filled.basis.nbytes)) / len(fits)

@@ -1,0 +1,242 @@
+"""All methods of leaving weights out on one model: `python -m perf.methods PACKED TEXT`.
+
+Each method is calibrated on the default sample at each density, and judged on the last fifth of the text (`--part`),
+token by token beside the dense model; its speed is measured with all its densities and dense decoding in turn. A
+density is the share that the kernels read of what a method may leave out, with predictors and screens counted. Two
+other ways to spread a density over the layers stand beside ours for some methods (`--baselines`).
+
+The packed model's directory must be writable: fits are kept there, as in `fewfire calibrate`. The result is written
+after every method, and what it has of the same model, engine and text is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fewfire
+from fewfire import damage, timing
+from fewfire.calibrate import sample_text
+from fewfire.calibration import Calibration, Densities
+from fewfire.damage import Dense
+from fewfire.selectors import store
+from fewfire.selectors.methods import missed, parse
+from fewfire.team import default_threads
+from fewfire.windows import windows
+from perf import machine, results
+from perf.spread import rounded
+from perf.status import say
+from perf.table import table
+
+USUAL = (
+    "down",
+    "gate",
+    "topk",
+    "gate+down",
+    "gate+reuse-8",
+    "lowrank",
+    "lowrank+gate",
+    "router",
+    "magnitude",
+    "qkv",
+    "o",
+    "screen",
+    "gate+screen",
+    "gate+down+o+screen",
+    "lowrank+gate+down+o+screen",
+)
+BASELINES = ("down", "gate", "gate+down", "magnitude")
+SPREADS = ("spread", "greedy", "uniform")  # ours first
+DENSITIES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+_AT = 0.5  # the density of the baselines
+_OFF = 0.03  # a density that a method misses by more is one that it cannot reach
+_WINDOW = 512
+
+Row = dict[str, Any]
+
+
+class Bench:
+    """A model, calibrated on the default sample and judged on another text."""
+
+    def __init__(self, source: str, text: str, tokens: int, threads: int) -> None:
+        self.model = fewfire.load(source, threads=threads, dense=True)
+        self.work = Calibration(self.model, sample_text(), self._progress)
+        cut = windows(self.model.tokenizer, self.model.config, text, min(_WINDOW, self.model.context), tokens)
+        self.cut, self.scored = cut, sum(len(window) - 1 for window in cut)
+        self._said: Dense | None = None
+        self._doing = ""
+
+    def _progress(self, stage: str, done: int, total: int) -> None:
+        say(f"{self._doing}: {stage} ({done} of {total})")
+
+    @property
+    def dense(self) -> Dense:
+        """What the dense model says about the text, once for all methods."""
+        if self._said is None:
+            self._doing = "dense"
+            self.model.engine.select(None, dense=True)
+            self._said = damage.observe_dense(self.model, self.cut, self._progress)
+        return self._said
+
+    def rows(self, method: str, densities: Sequence[float], spread: str) -> list[Row]:
+        """One method with one way to spread it, at several densities. Raises `ValueError` if it cannot be used."""
+        self._doing, dense = method, self.dense
+        pick = getattr(self.work, spread)(method)
+        picked = [self.work.adjusted(method, density, pick) for density in densities]
+        found = [self._row(method, each, dense) for each in picked]
+        selections = [self.work.selection(method, each) for each in picked]
+        base, *seconds = timing.side_by_side(self.model, [None, *selections], self.cut[0], self._progress)
+        say("")
+        return [
+            {"method": method, "spread": spread, "asked": asked}
+            | row
+            | {"tokens_per_second": rounded(1 / each), "dense_tokens_per_second": rounded(1 / base),
+               "speedup": rounded(base / each)}
+            for asked, row, each in zip(densities, found, seconds, strict=True)
+        ]  # fmt: skip
+
+    def _row(self, method: str, picked: Densities, dense: Dense) -> Row:
+        """What a setting does to the predictions."""
+        self.model.engine.select(self.work.selection(method, picked))
+        found = damage.measure(self.model, self.cut, dense, self._progress)
+        bound = missed({kind: self.work.fits(kind) for kind in picked}, picked)
+        return {
+            "density": rounded(self.work.density(method, found.bytes_per_token)),
+            "kept": {kind: rounded(sum(each) / len(each)) for kind, each in picked.items()},
+            "growth_percent": rounded(100 * found.growth),
+            "error_percent": rounded(100 * found.error) if math.isfinite(found.error) else None,
+            "kl": rounded(float(found.kl.mean())),
+            "agreement": rounded(float(found.agree.mean())),
+            "megabytes_per_token": rounded(found.bytes_per_token / 1e6),
+        } | ({} if bound is None else {"missed_bound": rounded(bound)})
+
+
+def methods_table(result: dict[str, Any]) -> str:
+    """Growth of the perplexity and times as fast as dense, methods from top to bottom, densities across."""
+    rows = [row for row in result["rows"] if row["spread"] == SPREADS[0]]
+    asked = sorted({row["asked"] for row in rows}, reverse=True)
+    cells = {(row["method"], row["asked"]): _cell(row) for row in rows}
+    names = dict.fromkeys(row["method"] for row in rows)
+    return table(["", *(f"{d:g}" for d in asked)], [[n, *(cells.get((n, d), "") for d in asked)] for n in names])
+
+
+def _cell(row: Row) -> str:
+    if abs(row["density"] - row["asked"]) > _OFF:
+        return "-"
+    return f"{row['growth_percent']:+.1f} %, {row['speedup']:.2f}x"
+
+
+def baselines_table(result: dict[str, Any]) -> str:
+    """Ways to spread a density beside each other; nothing if only one was measured."""
+    others = {(row["method"], row["asked"]) for row in result["rows"] if row["spread"] != SPREADS[0]}
+    rows = [
+        [row["method"], f"{row['asked']:g}", row["spread"], growth(row), f"{row['kl']:.4f}", f"{row['agreement']:.1%}"]
+        for row in sorted(result["rows"], key=lambda row: (row["method"], SPREADS.index(row["spread"])))
+        if (row["method"], row["asked"]) in others
+    ]
+    return table(["", "density", "spread", "perplexity", "KL, nats", "agreement"], rows) if rows else ""
+
+
+def details_table(result: dict[str, Any]) -> str:
+    """Everything about every setting."""
+    header = ["", "density", "perplexity", "KL, nats", "agreement", "MB/token", "tokens/s", "dense", "times"]
+    return table(
+        header,
+        [
+            [
+                row["method"] + ("" if row["spread"] == SPREADS[0] else f" ({row['spread']})"),
+                f"{row['density']:.2f}",
+                growth(row),
+                f"{row['kl']:.4f}",
+                f"{row['agreement']:.1%}",
+                f"{row['megabytes_per_token']:.1f}",
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['dense_tokens_per_second']:.1f}",
+                f"{row['speedup']:.2f}",
+            ]
+            for row in result["rows"]
+        ],
+    )
+
+
+def growth(row: Row) -> str:
+    """`+1.20 % ± 0.10`, of the perplexity."""
+    error = "" if row["error_percent"] is None else f" ± {row['error_percent']:.2f}"
+    return f"{row['growth_percent']:+.2f} %{error}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    options = _options(argv)
+    text = options.text.read_text(encoding="utf-8")
+    start, stop = (float(share) for share in options.part.split(":"))
+    bench = Bench(options.packed, text[int(len(text) * start) : int(len(text) * stop)], options.tokens, options.threads)
+    watch, model = machine.Watch(), bench.model
+    result: dict[str, Any] = {
+        "machine": machine.describe(),
+        "model": model.packed.name,
+        "digest": store.model_digest(model.packed),
+        "weights": model.weights,
+        "threads": model.threads,
+        "text": options.text.name,
+        "part": options.part,
+        "scored": bench.scored,
+        "dense": {"perplexity": rounded(math.exp(-float(bench.dense.target.mean()))),
+                  "megabytes_per_token": rounded(model.packed.bytes_per_token() / 1e6)},
+        "rows": [],
+        "absent": {},
+    }  # fmt: skip
+    before = _earlier(options.name, result)
+    result["rows"], others = before.get("rows", []), before.get("used_by_others") or 0
+    for method in options.methods:
+        for spread in SPREADS if method in options.baselines else SPREADS[:1]:
+            densities = options.densities if spread == SPREADS[0] else [_AT]
+            there = {row["asked"] for row in result["rows"] if (row["method"], row["spread"]) == (method, spread)}
+            missing = [density for density in densities if density not in there]
+            try:
+                parse(method)
+                result["rows"] += bench.rows(method, missing, spread) if missing else []
+            except ValueError as error:  # does not apply to this model
+                result["absent"][method] = str(error)
+                print(f"absent: {method}: {error}", file=sys.stderr)
+                break
+            result["used_by_others"] = max(others, watch.others() or 0)
+            if missing and options.name != "-":
+                results.write(options.name, "methods", result)
+    print(details_table(result))
+    results.finish(options.name, "methods", result)
+
+
+def _earlier(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """A result of that name which this one continues; empty if it is of something else, or of an unknown engine."""
+    try:
+        earlier: dict[str, Any] = json.loads((results.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    same = all(earlier.get(key) == result[key] for key in ("digest", "threads", "text", "part", "scored"))
+    engine = result["machine"]["versions"]["fewfire"]
+    known = not engine.endswith(("+", "unknown commit"))
+    return earlier if same and known and earlier["machine"]["versions"]["fewfire"] == engine else {}
+
+
+def _options(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m perf.methods", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("packed", help="a packed model, which keeps the fits, or a model as for fewfire.load")
+    parser.add_argument("text", type=Path, help="a text file to judge by")
+    parser.add_argument("--part", default="0.8:1.0", help="share of the text's characters (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=4096, help="to score, at most (default: %(default)s)")
+    parser.add_argument("--methods", nargs="+", default=list(USUAL))
+    parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES))
+    parser.add_argument("--baselines", nargs="*", default=list(BASELINES), metavar="METHOD")
+    parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--name", default="methods", help="of the result; - keeps none (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

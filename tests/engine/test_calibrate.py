@@ -1,0 +1,153 @@
+"""Calibrating tiny models from end to end: what is asked for is kept, and a killed one goes on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import tiny
+from fewfire import calibration
+from fewfire.calibrate import calibrate
+from fewfire.calibration import Calibration
+from fewfire.errors import FewfireError
+from fewfire.model import Model
+from fewfire.observe import Layer, Observation
+from fewfire.packed import Packed, open_packed
+from fewfire.selectors import store
+from fewfire.selectors.methods import KINDS, METHODS, USUAL, Kind, parse
+
+PackedPath = Callable[[str, str], Path]
+TEXT = tiny.PARAGRAPH * 6
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_WINDOW", 64)
+    monkeypatch.setattr(calibration, "_SCORED", 512)
+    monkeypatch.setattr(calibration, "_PROBED", 64)
+
+
+@pytest.fixture
+def model(packed_path: PackedPath, tmp_path: Path) -> Model:
+    """A model of the test's own."""
+    return Model(open_packed(Path(shutil.copytree(packed_path("llama", "q4"), tmp_path / "packed"))), 1)
+
+
+def decoded(model: Model) -> np.ndarray:
+    session = model.session()
+    return np.stack([session.feed([token]) for token in tiny.prompt(20)])
+
+
+@pytest.mark.parametrize("method", ["gate", "down+gate"])
+def test_a_density_is_what_the_kernels_read(model: Model, method: str) -> None:
+    about = calibrate(model, method=method, density=0.5, text=TEXT)
+    assert about.density == pytest.approx(0.5, abs=0.03)
+    assert set(about.densities) == set(method.split("+"))
+    assert about.bytes_per_token < about.dense_bytes_per_token == model.packed.bytes_per_token()
+    assert about.missed is None
+    again = Model(open_packed(model.path), 1)
+    np.testing.assert_array_equal(decoded(again), decoded(model))
+    assert (decoded(again) != decoded(Model(open_packed(model.path), 1, dense=True))).any()
+    assert store.about(model.packed) == about
+    assert not list(model.path.glob(".calibrating*"))
+
+
+def test_density_one_is_dense(model: Model) -> None:
+    dense = decoded(model)
+    about = calibrate(model, method="gate+down", density=1, text=TEXT)
+    assert (about.growth, about.agreement, about.density) == (0, 1, 1)
+    np.testing.assert_array_equal(decoded(model), dense)
+
+
+def test_the_bytes_of_a_dense_token(packed_path: PackedPath) -> None:
+    for family, weights in (("llama", "q4"), ("opt", "q8"), ("gemma3", "f32")):
+        model = Model(open_packed(packed_path(family, weights)), 1, dense=True)
+        decoded(model)
+        assert model.packed.bytes_per_token() == model.engine.bytes_read()
+
+
+def test_a_budget(model: Model) -> None:
+    about = calibrate(model, budget=0.05, text=TEXT)
+    assert about.growth < 0.05
+    assert {each["method"] for each in about.tried} <= set(USUAL)
+    assert len(about.tried) > 1
+    assert about.bytes_per_token < about.dense_bytes_per_token
+
+
+def test_a_budget_that_nothing_keeps(model: Model) -> None:
+    with mock.patch.object(Calibration, "within", return_value=None), pytest.raises(FewfireError, match="allow more"):
+        calibrate(model, method="gate", budget=0.01, text=TEXT)
+    assert store.about(model.packed) is None
+
+
+def test_a_killed_calibration_goes_on(model: Model, packed_path: PackedPath, tmp_path: Path) -> None:
+    fit, seen = KINDS["gate"].fit, list[int]()
+
+    def counted(packed: Packed, layer: Layer) -> dict[str, np.ndarray]:
+        if seen == [0]:
+            raise KeyboardInterrupt
+        seen.append(layer.number)
+        return fit(packed, layer)
+
+    with mock.patch.dict(KINDS, gate=KINDS["gate"]._replace(fit=counted)):
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, method="gate", density=0.5, text=TEXT)
+        assert store.about(model.packed) is None
+        seen.clear()
+        about = calibrate(model, method="gate", density=0.5, text=TEXT)
+    assert seen == [1, 2]
+    fresh = Model(open_packed(Path(shutil.copytree(packed_path("llama", "q4"), tmp_path / "fresh"))), 1)
+    other = calibrate(fresh, method="gate", density=0.5, text=TEXT)
+    assert (about.densities, about.growth) == (other.densities, other.growth)
+
+
+def test_the_head_is_fitted_when_all_layers_were_seen(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(packed: Packed, sample: Observation) -> dict[str, np.ndarray]:
+        return {"densities": np.array([0.5, 1.0]), "errors": np.array([0.1, 0.0]), "final": sample.final[0]}
+
+    monkeypatch.setitem(KINDS, "screen", Kind("screen", "head", fit, lambda *_: None, None))
+    monkeypatch.setitem(METHODS, "screen", ("screen",))
+    work = Calibration(model, TEXT)
+    work.fit(["gate+screen"])
+    (found,) = work.fits("screen")
+    assert found["final"].shape == (model.config.hidden_size,)
+    assert work.weights("screen") == [1.0]
+    assert len(work.fits("gate")) == len(work.fits("down")) == model.config.num_hidden_layers
+    again = Calibration(model, TEXT)
+    with mock.patch.object(calibration, "Observation", side_effect=AssertionError("all is in the notebook")):
+        again.fit(["gate+screen"])
+
+
+def test_baselines(model: Model) -> None:
+    work, layers = Calibration(model, TEXT), model.config.num_hidden_layers
+    uniform = work.uniform("gate")(0.5)
+    assert uniform == {"gate": [0.5] * layers}
+    adjusted = work.adjusted("gate", 0.6, work.uniform("gate"))
+    trial = work.trial("gate", adjusted, 256, "measuring")
+    assert len(set(adjusted["gate"])) == 1
+    assert trial.density == pytest.approx(0.6, abs=0.02)
+    greedy = work.greedy("gate+down")(0.5)
+    assert set(greedy) == set(parse("gate+down").kinds)
+    assert all(len(each) == layers for each in greedy.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "either a density or a budget"),
+        ({"density": 0.5, "budget": 0.1, "method": "gate"}, "either a density or a budget"),
+        ({"density": 1.5, "method": "gate"}, "density must be over 0"),
+        ({"budget": 0.0}, "budget must be over 0"),
+        ({"density": 0.5}, "needs a method"),
+        ({"density": 0.5, "method": "magic"}, "unknown method"),
+        ({"density": 0.5, "method": "gate", "text": "too short"}, "too few to calibrate"),
+    ],
+)
+def test_impossible_options(model: Model, options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        calibrate(model, **options)

@@ -1,0 +1,213 @@
+"""Decoding with a screened head against its twin in NumPy, and what the kernels say that they read of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fewfire import quantize
+from fewfire.engine import Engine
+from fewfire.model import Model
+from fewfire.observe import head_rows
+from fewfire.pack import pack
+from fewfire.packed import Packed, open_packed
+from fewfire.selectors import Screen, Selection
+from fewfire.selectors.screen import _rounded
+from tiny import prompt, write_tiny
+
+PackedPath = Callable[[str, str], Path]
+IDS = prompt(12)
+ODD: dict[str, Any] = {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1, "vocab_size": 311}
+
+
+@pytest.fixture(scope="module")
+def odd_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A model none of whose sizes is a multiple of anything, packed in a format."""
+    directory = tmp_path_factory.mktemp("odd")
+    source = write_tiny("llama", directory / "source", **ODD)
+
+    def path(weights: str) -> Path:
+        out = directory / weights
+        return out if out.exists() else pack(source, out, weights)
+
+    return path
+
+
+def decoded(model: Model, ids: Sequence[int] = IDS) -> np.ndarray:
+    session = model.session()
+    return np.stack([session.feed([token]) for token in ids])
+
+
+def random_screen(random: np.random.Generator, packed: Packed, rank: int, margin: float) -> Screen:
+    """As a fit might leave it, but without any likeness to the head."""
+    c, of = packed.config, packed.formats
+    rows = random.standard_normal((c.vocab_size, rank), np.float32) / np.float32(rank**0.5)
+    basis = random.standard_normal((rank, c.hidden_size), np.float32) * np.float32(2 / c.hidden_size**0.5)
+    return Screen(
+        quantize.encode(rows, of.rows, "dot").view(np.uint8),
+        quantize.encode(basis, of.table, "dot").view(np.uint8),
+        rank,
+        random.standard_normal(c.vocab_size).astype(np.float32),
+        margin,
+    )
+
+
+def twin(packed: Packed, screen: Screen, dense: np.ndarray) -> np.ndarray:
+    """The screened logits `(T, vocab)` of the final hidden states that dense logits tell of."""
+    states = np.linalg.lstsq(head_rows(packed).astype(np.float64), dense.T.astype(np.float64))[0].T
+    basis = quantize.decode(screen.basis, packed.formats.table, "dot", packed.config.hidden_size)
+    reduced = _rounded((states @ basis.T).astype(np.float32), packed.formats.rows)
+    return reduced @ quantize.decode(screen.rows, packed.formats.rows, "dot", screen.rank).T + screen.bias
+
+
+def exact(engine: Engine) -> int:
+    """Rows of the head that the last token read."""
+    return int(engine._work.exact.sum())
+
+
+def check_against_twin(packed: Packed, screen: Screen) -> None:
+    tolerance = {"f32": 1e-3, "q8": 5e-3, "q4": 0.05}[packed.weights]
+    model = Model(packed, 2)
+    dense = decoded(model)
+    model.engine.select(Selection("screen", screen=screen))
+    ours, theirs = decoded(model), twin(packed, screen, dense)
+    under = theirs.max(axis=1, keepdims=True) - theirs
+    surely, never = under < screen.margin - 2 * tolerance, under > screen.margin + 2 * tolerance
+    assert surely.sum() > 2 * len(IDS)
+    assert never.sum() > 2 * len(IDS)
+    np.testing.assert_array_equal(ours[surely], dense[surely])
+    assert np.abs(ours - theirs)[never].max() < tolerance
+    assert surely[-1].sum() <= exact(model.engine) <= (~never)[-1].sum()
+    for threads in (1, 3):
+        other = Model(packed, threads)
+        other.engine.select(Selection("screen", screen=screen))
+        np.testing.assert_array_equal(decoded(other), ours)
+        assert exact(other.engine) == exact(model.engine)
+
+
+@pytest.mark.parametrize("weights", ["q4", "q8", "f32"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2", "gemma3", "opt"])
+def test_against_the_twin(family: str, weights: str, packed_path: PackedPath, random: np.random.Generator) -> None:
+    packed = open_packed(packed_path(family, weights))
+    check_against_twin(packed, random_screen(random, packed, int(random.integers(1, 65)), 2.5))
+
+
+@pytest.mark.parametrize("weights", ["q4", "q8", "f32"])
+def test_odd_sizes(weights: str, odd_path: Callable[[str], Path], random: np.random.Generator) -> None:
+    packed = open_packed(odd_path(weights))
+    for rank in (1, 37):
+        check_against_twin(packed, random_screen(random, packed, rank, 2.5))
+
+
+@pytest.mark.parametrize("weights", ["q4", "f32"])
+def test_everything_exact_is_dense(weights: str, packed_path: PackedPath, random: np.random.Generator) -> None:
+    packed = open_packed(packed_path("llama", weights))
+    model, screen = Model(packed, 2), random_screen(random, packed, 40, 1e9)
+    dense, every = decoded(model), model.engine.bytes_read()
+    model.engine.select(Selection("screen", screen=screen))
+    np.testing.assert_array_equal(decoded(model), dense)
+    assert exact(model.engine) == packed.config.vocab_size
+    assert model.engine.bytes_read() == every + screen.rows.nbytes + screen.basis.nbytes + screen.bias.nbytes
+    model.engine.select(Selection("screen", screen=replace(screen, margin=np.inf)))
+    np.testing.assert_array_equal(decoded(model), dense)
+    assert model.engine.bytes_read() == every
+
+
+def test_more_candidates_than_are_computed_together(tmp_path: Path, random: np.random.Generator) -> None:
+    packed = open_packed(pack(write_tiny("llama", tmp_path / "model", vocab_size=9001), tmp_path / "packed", "q4"))
+    model = Model(packed, 1)
+    dense = decoded(model, IDS[:3])
+    screen = random_screen(random, packed, 40, 1e9)
+    model.engine.select(Selection("screen", screen=screen))
+    np.testing.assert_array_equal(decoded(model, IDS[:3]), dense)
+    screened = twin(packed, screen, dense)[-1]
+    margin = float(screened.max() - np.quantile(screened, 0.3))
+    model.engine.select(Selection("screen", screen=replace(screen, margin=margin)))
+    found, count = decoded(model, IDS[:3]), exact(model.engine)
+    assert 16 * 256 < count < 9001
+    assert count <= (found[-1] == dense[-1]).sum() < count + 20  # a few by chance
+
+
+@pytest.mark.parametrize("weights", ["q4", "q8"])
+def test_bytes_are_those_that_are_read(weights: str, packed_path: PackedPath, random: np.random.Generator) -> None:
+    packed = open_packed(packed_path("llama", weights))
+    model, screen = Model(packed, 2), random_screen(random, packed, 40, 1.0)
+    decoded(model)
+    every, head = model.engine.bytes_read(), packed.arrays["head"].nbytes
+    model.engine.select(Selection("screen", screen=screen))
+    assert model.engine.bytes_read() == every  # before the first token
+    decoded(model)
+    row = quantize.row_bytes(packed.formats.table, packed.config.hidden_size)
+    reads = sum(array.nbytes for array in (screen.rows, screen.basis, screen.bias)) + exact(model.engine) * row
+    assert 0 < exact(model.engine) < packed.config.vocab_size
+    assert every - model.engine.bytes_read() == head - reads
+    model.engine.select(None)
+    decoded(model)
+    assert model.engine.bytes_read() == every
+
+
+def test_screens_are_swapped(packed_path: PackedPath, random: np.random.Generator) -> None:
+    packed = open_packed(packed_path("gemma3", "q4"))
+    model = Model(packed, 2)
+    dense = decoded(model)
+    screens = [random_screen(random, packed, rank, 2.0) for rank in (64, 3, 40)]
+    first = []
+    for screen in screens:
+        fresh = Model(packed, 2)
+        fresh.engine.select(Selection("screen", screen=screen))
+        first.append(decoded(fresh))
+    for i in (0, 1, 2, 1, 0):
+        model.engine.select(Selection("screen", screen=screens[i]))
+        np.testing.assert_array_equal(decoded(model), first[i])
+        model.engine.select(None)
+        np.testing.assert_array_equal(decoded(model), dense)
+
+
+def test_nothing_is_left_over_from_before(packed_path: PackedPath, random: np.random.Generator) -> None:
+    """Scratch of the head begins as rubbish, and logits lie between zones that nobody may write to."""
+    packed = open_packed(packed_path("llama", "q4"))
+    model, vocab = Model(packed, 2), packed.config.vocab_size
+    model.engine.select(Selection("screen", screen=random_screen(random, packed, 40, 2.0)))
+    expected, cache, work = decoded(model), model.engine.new_cache(len(IDS)), model.engine._work
+    rubbish = {"largest": np.nan, "values": np.nan, "candidates": -1, "exact": 2**40}
+    for position, token in enumerate(IDS):
+        for name, value in rubbish.items():
+            for array in work._owned:
+                if isinstance(array, np.ndarray) and array.ctypes.data == work.record[name][0]:
+                    array.fill(value)
+        out = np.full(vocab + 128, np.nan, np.float32)
+        model.engine.decode(token, position, cache, out[64:-64])
+        assert model.engine._work is work
+        np.testing.assert_array_equal(out[64:-64], expected[position])
+        assert np.isnan(out[:64]).all()
+        assert np.isnan(out[-64:]).all()
+        assert 0 < exact(model.engine) <= vocab
+
+
+def test_nan_is_not_hidden(packed_path: PackedPath, random: np.random.Generator) -> None:
+    packed = open_packed(packed_path("llama", "f32"))
+    model = Model(packed, 2)
+    model.engine.select(Selection("screen", screen=random_screen(random, packed, 40, 2.0)))
+    model.engine._model.point("final_norm", np.full(packed.config.hidden_size, np.nan, np.float32))
+    assert np.isnan(decoded(model, IDS[:1])).all()
+
+
+def test_a_screen_of_another_shape_is_refused(packed_path: PackedPath, random: np.random.Generator) -> None:
+    packed = open_packed(packed_path("llama", "q4"))
+    model, screen = Model(packed, 1), random_screen(random, packed, 40, 2.0)
+    before = decoded(model)
+    for wrong in (
+        replace(screen, rows=screen.rows[:-1]),
+        replace(screen, basis=screen.basis[:, :-1]),
+        replace(screen, bias=screen.bias.astype(np.float64)),
+        replace(screen, rank=200),
+        replace(screen, margin=float("nan")),
+    ):
+        with pytest.raises(ValueError, match="the selection does not fit the model"):
+            model.engine.select(Selection("screen", screen=wrong))
+    np.testing.assert_array_equal(decoded(model), before)
