@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from perf import busy, decode, growth, kernels, methods, profile, quality, start
+from perf import busy, decode, growth, kernels, methods, predictors, profile, quality, start
 from perf.results import BUSY, read_all
 
 README = Path(__file__).parents[1] / "README.md"
@@ -173,6 +173,17 @@ def _busy(result: Result) -> str:
     return _section(f"Beside busy processes, {result['model']}", about, *tables, result=result)
 
 
+def _predictors(result: Result) -> str:
+    about = (
+        f"Fitted to three quarters of {result['tokens']:,} tokens of {result['text']} ({result['part']} of it), judged"
+        f" on the rest, on average over layers {', '.join(map(str, result['layers']))}. read: the predictor's bytes, of"
+        " those of the whole FFN. By share of neurons kept: what is lost, in per mille of the energy of the residual"
+        " stream, and how many are found of the neurons that the exact selection of that size keeps."
+    )
+    title = f"Predicting neurons, {result['model']}, {result['weights']}"
+    return _section(title, about, predictors.predictor_table(result), result=result)
+
+
 _SECTIONS: dict[str, Callable[[Result], str]] = {
     "decode": _decode,
     "growth": _growth,
@@ -183,6 +194,7 @@ _SECTIONS: dict[str, Callable[[Result], str]] = {
     "quality": _quality,
     "start": _start,
     "agree": _agree,
+    "predictors": _predictors,
 }
 
 
