@@ -34,8 +34,8 @@ _CONFIDENCE = 0.95
 
 
 def usual_rank(hidden: int) -> int:
-    """The rank of a screen for a hidden size: in q4, a seventh of the bytes of a q8 head."""
-    return min(hidden, 64 * max(1, round(hidden / 288)))
+    """The rank of a screen for a hidden size; see perf/LOG.md, "the rank of a head's screen"."""
+    return min(hidden, 64 * max(1, round(hidden / 144)))
 
 
 def fit(packed: Packed, observation: Observation, rank: int | None = None) -> Fit:

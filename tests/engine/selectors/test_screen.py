@@ -166,4 +166,4 @@ def test_the_bound_of_what_is_missed() -> None:
 
 
 def test_ranks_grow_with_the_hidden_size() -> None:
-    assert [screen.usual_rank(hidden) for hidden in (40, 64, 576, 2048, 4096)] == [40, 64, 128, 448, 896]
+    assert [screen.usual_rank(hidden) for hidden in (40, 64, 576, 2048, 4096)] == [40, 64, 256, 896, 1792]
