@@ -28,7 +28,7 @@ def test_the_wanted_share_is_kept(layer: Layer, weights: str, early: bool) -> No
     for density in (0.05, 0.1, 0.33, 0.5, 0.85, 0.97):
         predictor = lowrank.fill(packed, [fit], [density])
         assert predictor.early == early
-        assert predicted(predictor, packed.formats, layer)[held].mean() == pytest.approx(density, abs=0.02)
+        assert predicted(predictor, packed.formats, layer)[held].mean() == pytest.approx(density, abs=0.04)
     assert predicted(lowrank.fill(packed, [fit], [1.0]), packed.formats, layer).all()
     assert not misfit(packed, *flatten(Selection("lowrank", predictor=lowrank.fill(packed, [fit], [0.5]))))
 

@@ -149,7 +149,7 @@ def test_the_engine_makes_the_share_exact(family: str, packed_path: PackedPath) 
         for token in window:
             session.feed([token])
             counts.append(int(model.engine._work.exact.sum()) / packed.config.vocab_size)
-    assert np.mean(counts) == pytest.approx(0.4, abs=0.03)
+    assert np.mean(counts) == pytest.approx(0.4, abs=0.05)
 
 
 def test_few_states_are_enough(packed_path: PackedPath, states: np.ndarray) -> None:
