@@ -33,7 +33,6 @@ class Dense:
     tokens: np.ndarray  # (T, kept) int32 the most probable next tokens, the most probable one first
     log_p: np.ndarray  # (T, kept) float32 their log probabilities
     target: np.ndarray  # (T,) float32 that of the token that came
-    bytes_per_token: np.ndarray  # () float64 weight bytes read
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +61,7 @@ class Damage:
 
 def observe_dense(model: Model, windows: Windows, progress: Progress = silent, stage: str = "measuring dense") -> Dense:
     """What the model predicts with the engine's present selection, which should be none."""
-    tokens, log_p, targets, read = [], [], [], 0
+    tokens, log_p, targets = [], [], []
     for target, logits in _decoded(model, windows, progress, stage):
         shift = log_total(logits)
         kept = min(_KEPT, len(logits))
@@ -71,8 +70,7 @@ def observe_dense(model: Model, windows: Windows, progress: Progress = silent, s
         tokens.append(best)
         log_p.append(logits[best] - shift)
         targets.append(logits[target] - shift)
-        read += model.engine.bytes_read()
-    return Dense(np.stack(tokens), np.stack(log_p), np.array(targets, np.float32), np.array(read / len(targets)))
+    return Dense(np.stack(tokens), np.stack(log_p), np.array(targets, np.float32))
 
 
 def measure(

@@ -99,7 +99,7 @@ class Engine:
     def select(self, selection: Selection | None, dense: bool = False) -> None:
         """What decoding leaves out from now on. Without a selection, what a ReLU makes zero, unless it is to be dense.
 
-        Raises `ValueError` for a selection that does not fit the model, or has parts that decoding cannot use.
+        Raises `ValueError` for a selection that does not fit the model.
         """
         with self._lock:
             self._use(selection, dense, self._work.positions)

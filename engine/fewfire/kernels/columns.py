@@ -9,12 +9,13 @@ import numpy as np
 
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import inline, step
-from fewfire.kernels.layer import add_to
+from fewfire.kernels.gather import VALUES
+from fewfire.kernels.layer import add_to, pad
 from fewfire.kernels.simd import (
     call,
     load_f32,
     load_f32x8,
-    load_i32,
+    load_i64,
     splat_f32,
     store_f32,
     store_f32x8,
@@ -56,21 +57,20 @@ def _list_over(values, least, inputs, chunk, ids, factors):
 
 
 @step
-def column_chunk(model, work, thread, layer, projection, chunk, columns, stride, least, values, inputs, outputs, out):
-    """Adds up a chunk of the columns of a projection, and counts their bytes.
+def column_chunk(model, work, thread, layer, projection, chunk, columns, stride, least, x, inputs, outputs, out):
+    """Adds up a chunk of the columns of a projection of x, and counts their bytes.
 
-    Columns are `stride` bytes apart; `values` are the inputs, `out` becomes the outputs (see `join_chunks`), with those
-    that pad a column to whole groups.
+    Columns are `stride` bytes apart; `out` becomes the outputs (see `join_chunks`), with those that pad a column to
+    whole groups.
     """
     width = (outputs + 63) // 64 * 64
     y = out if chunk == 0 else work.partial + 4 * (chunk - 1) * width
     ids, factors = work.ids + 4 * thread * work.longest, work.gate + 4 * thread * work.longest
     for i in range(0, 4 * width, 32):
         store_f32x8(y + i, splat_f32(0.0))
-    size = _list_over(values, least, inputs, chunk, ids, factors)
+    size = _list_over(load_i64(x + VALUES), least, inputs, chunk, ids, factors)
     if size > 0:
-        for i in range(size, size + BLOCK):  # what kernels look ahead to
-            store_i32(ids + 4 * i, load_i32(ids + 4 * size - 4))
+        pad(ids, size)
         scratch = work.factors + thread * work.factors_stride
         call(model.gather_axpy, (columns, stride, ids, ids + 4 * BLOCK, size, factors, y, width, scratch))
     _count(work, layer, projection, chunk, size * stride)

@@ -13,7 +13,6 @@ from numba import types
 from fewfire.kernels.attention import RANGE
 from fewfire.kernels.columns import COLUMN_CHUNKS, FFN, OUT, QKV, column_chunk, join_chunks, settle_gates
 from fewfire.kernels.compile import ONE, ZERO, inline, kernel, records, step
-from fewfire.kernels.gather import VALUES
 from fewfire.kernels.head import all_logits, screened_logits
 from fewfire.kernels.layer import (
     CACHE,
@@ -34,8 +33,8 @@ from fewfire.kernels.layer import (
     set_rope,
 )
 from fewfire.kernels.neurons import neuron_chunk
-from fewfire.kernels.select import NEURON_CHUNKS, find_top, reduce
-from fewfire.kernels.simd import call, load_i64
+from fewfire.kernels.select import NEURON_CHUNKS, find_top, meet_basis, reduce
+from fewfire.kernels.simd import call
 from fewfire.kernels.team import advance, finish, take, wait
 
 _I = types.int64
@@ -73,26 +72,31 @@ def _begin(model, team, phase, thread, weights, work, token, position):
     return wait(team, phase)
 
 
+@inline
+def _piece(model, team, work, thread, layer, projection, chunk, chunks, columns, matrix, x, inputs, outputs, out):
+    """A chunk of a projection of x: of its columns if it is read by them, else of its rows."""
+    if columns[0] != 0:
+        column_chunk(model, work, thread, layer, projection, chunk, *columns, x, inputs, outputs, out)
+    else:
+        all_rows(model, team, model.gather_dot, *matrix, outputs, chunk, chunks, x, out)
+
+
 @step
 def _project(model, team, phase, thread, weights, work, cache, layer, position):
     """q, k and v, and what an early predictor wants to know of the attention's input."""
-    rows, by_columns = (model.heads + 2 * model.kv_heads) * model.head_dim, weights.qkv_columns != 0
-    chunks = COLUMN_CHUNKS if by_columns else row_chunks(team)
+    columns, matrix = (weights.qkv_columns, model.qkv_column, weights.qkv_least), (weights.qkv, model.qkv_stride)
+    rows = (model.heads + 2 * model.kv_heads) * model.head_dim
+    chunks = row_chunks(team) if columns[0] == 0 else COLUMN_CHUNKS
     while True:
         chunk = take(team, phase, thread, chunks)
         if chunk < 0:
             break
-        if by_columns:
-            at = weights.qkv_columns, model.qkv_column, weights.qkv_least, load_i64(work.x + VALUES)
-            column_chunk(model, work, thread, layer, QKV, chunk, *at, model.hidden, rows, work.qkv)
-        else:
-            matrix = weights.qkv, model.qkv_stride
-            all_rows(model, team, model.gather_dot, *matrix, rows, chunk, chunks, work.x, work.qkv)
+        sizes = model.hidden, rows
+        _piece(model, team, work, thread, layer, QKV, chunk, chunks, columns, matrix, work.x, *sizes, work.qkv)
         if weights.early != 0:
-            matrix, out = (weights.basis, weights.basis_stride), work.hint_values
-            all_rows(model, team, model.gather_dot, *matrix, weights.rank, chunk, chunks, work.x, out)
+            meet_basis(model, team, weights, work, chunk, chunks)
         if finish(team, chunks):
-            if by_columns:
+            if columns[0] != 0:
                 join_chunks(work, rows, work.qkv)
             if weights.early != 0:
                 quantize(model.quantize, work.hint, ZERO)
@@ -136,20 +140,16 @@ def _attend(model, team, phase, thread, weights, work, cache, layer, position):
 @step
 def _put_out(model, team, phase, thread, weights, work, layer):
     """o, the end of the attention block; then the FFN's input."""
-    inputs, by_columns = model.heads * model.head_dim, weights.o_columns != 0
-    chunks = COLUMN_CHUNKS if by_columns else row_chunks(team)
+    columns, matrix = (weights.o_columns, model.o_column, weights.o_least), (weights.o, model.o_stride)
+    chunks = row_chunks(team) if columns[0] == 0 else COLUMN_CHUNKS
     while True:
         chunk = take(team, phase, thread, chunks)
         if chunk < 0:
             break
-        if by_columns:
-            at = weights.o_columns, model.o_column, weights.o_least, work.joined
-            column_chunk(model, work, thread, layer, OUT, chunk, *at, inputs, model.hidden, work.delta)
-        else:
-            matrix, out = (weights.o, model.o_stride), work.delta
-            all_rows(model, team, model.gather_dot, *matrix, model.hidden, chunk, chunks, work.attended, out)
+        sizes = model.heads * model.head_dim, model.hidden
+        _piece(model, team, work, thread, layer, OUT, chunk, chunks, columns, matrix, work.attended, *sizes, work.delta)
         if finish(team, chunks):
-            if by_columns:
+            if columns[0] != 0:
                 join_chunks(work, model.hidden, work.delta)
             add_block(model, work.hidden, work.delta, weights.o_bias, weights.attn_post_norm)
             next_input(model, weights.ffn_norm, weights.ffn_norm_bias, work.hidden, work.x, ZERO, model.quantize)
@@ -165,8 +165,8 @@ def _all_gates(model, team, phase, thread, weights, work, layer):
         chunk = take(team, phase, thread, COLUMN_CHUNKS)
         if chunk < 0:
             break
-        at = weights.ffn_columns, model.ffn_column, weights.ffn_least, load_i64(work.x + VALUES)
-        column_chunk(model, work, thread, layer, FFN, chunk, *at, model.hidden, outputs, work.gates)
+        columns = weights.ffn_columns, model.ffn_column, weights.ffn_least
+        column_chunk(model, work, thread, layer, FFN, chunk, *columns, work.x, model.hidden, outputs, work.gates)
         if finish(team, COLUMN_CHUNKS):
             join_chunks(work, outputs, work.gates)
             settle_gates(model, weights, work)

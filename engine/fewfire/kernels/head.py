@@ -11,9 +11,10 @@ for among its own tokens. A logit is the same bits in whatever chunk it is compu
 
 import numpy as np
 
-from fewfire.kernels.compile import inline, step
+from fewfire.kernels.axpy import BLOCK
+from fewfire.kernels.compile import ZERO, inline, step
 from fewfire.kernels.gather import SOON
-from fewfire.kernels.layer import all_rows, quantize, row_chunks
+from fewfire.kernels.layer import all_rows, pad, quantize, row_chunks
 from fewfire.kernels.simd import (
     add,
     call,
@@ -33,7 +34,7 @@ from fewfire.kernels.team import REGIONS, advance, finish, take, wait
 _HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
 _CHUNKS = 16  # that the vocabulary is shared out in, for each thread
 _LISTED = 256  # candidates that are computed together
-LIST = _LISTED + SOON  # entries of a thread's list of candidates
+LIST = _LISTED + BLOCK  # entries of a thread's list of candidates
 
 
 def head_chunks(threads: int) -> int:
@@ -71,8 +72,7 @@ def _screen_part(model, start, stop, reduced, logits):
 @inline
 def _exact(model, ids, count, x, values, logits):
     """The exact logits of the listed tokens."""
-    for i in range(count, count + SOON):  # what kernels look ahead to
-        store_i32(ids + 4 * i, load_i32(ids + 4 * count - 4))
+    pad(ids, count)
     stride = model.table_stride
     listed = (ids, ids + 4 * SOON, stride, count, 0, (count + 3) // 4)
     call(model.table_dot, (model.head, stride, *listed, x, values))
@@ -121,7 +121,7 @@ def screened_logits(model, team, phase, thread, work, logits):
         matrix, size = (model.screen_basis, model.table_stride), model.screen_rank
         all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, work.x, work.screened)
         if finish(team, chunks):
-            quantize(model.quantize, work.reduced, 0)
+            quantize(model.quantize, work.reduced, ZERO)
             advance(team, phase)
     phase = wait(team, phase)
 

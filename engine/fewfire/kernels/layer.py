@@ -10,9 +10,22 @@ import math
 import numpy as np
 
 from fewfire.kernels.attention import EVERYTHING, RANGE
+from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import inline, step
 from fewfire.kernels.gather import SOON, VALUES
-from fewfire.kernels.simd import add, call, load_f32, load_f32x8, load_i64, mul, splat_f32, store_f32, store_f32x8
+from fewfire.kernels.simd import (
+    add,
+    call,
+    load_f32,
+    load_f32x8,
+    load_i32,
+    load_i64,
+    mul,
+    splat_f32,
+    store_f32,
+    store_f32x8,
+    store_i32,
+)
 from fewfire.kernels.team import REGIONS, region_of
 
 
@@ -62,6 +75,13 @@ LAYER = record(
 # One session's keys and values: (layers, kv_heads, capacity) cells each. `kept`, uint8 (layers, neurons), says which
 # neurons are read in any case, because they were for a token shortly before; 0 where that is no reason.
 CACHE = record("keys values capacity kept")
+
+
+@inline
+def pad(ids, size):
+    """What kernels look ahead to behind a list: its last entry."""
+    for i in range(size, size + BLOCK):
+        store_i32(ids + 4 * i, load_i32(ids + 4 * size - 4))
 
 
 @inline

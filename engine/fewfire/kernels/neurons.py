@@ -8,8 +8,8 @@ into the chunk's own y, if there are thresholds for them only of those whose |ac
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import inline
 from fewfire.kernels.gather import SOON
-from fewfire.kernels.layer import multiply_by
-from fewfire.kernels.select import NEURON_CHUNKS, add_listed, candidates, gates, keep, keep_on, pad
+from fewfire.kernels.layer import multiply_by, pad
+from fewfire.kernels.select import NEURON_CHUNKS, add_listed, candidates, gates, keep, keep_on
 from fewfire.kernels.simd import call, load_f32, load_i32, splat_f32, store_f32, store_f32x8, store_i32, store_i64
 
 _STEP = BLOCK // 4  # of each quarter of a list, neurons that are scattered together

@@ -11,7 +11,7 @@ always kept, so that it is seen in the end.
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import ZERO, inline, step
 from fewfire.kernels.gather import SOON
-from fewfire.kernels.layer import all_rows, quantize
+from fewfire.kernels.layer import all_rows, pad, quantize
 from fewfire.kernels.simd import call, load_f32, load_i8, load_i32, store_f32, store_i8, store_i32
 from fewfire.kernels.team import REGIONS, advance, finish, take, wait
 
@@ -26,13 +26,6 @@ def longest_chunk(neurons: int, group_size: int) -> int:
     """Entries of the lists of a chunk, with those that kernels look ahead to."""
     groups = -(-neurons // group_size)
     return group_size * 4 * (-(-groups // (4 * NEURON_CHUNKS)) + 2) + 2 * BLOCK
-
-
-@inline
-def pad(ids, size):
-    """What kernels look ahead to behind a list: its last entry."""
-    for i in range(size, size + BLOCK):
-        store_i32(ids + 4 * i, load_i32(ids + 4 * size - 4))
 
 
 @inline
@@ -125,6 +118,13 @@ def gates(model, weights, x, ids, size, gate):
     call(model.activate, (model.activation, model.act_threshold, gate, size))
 
 
+@inline
+def meet_basis(model, team, weights, work, chunk, chunks):
+    """A chunk of a predictor's basis times x."""
+    matrix, out = (weights.basis, weights.basis_stride), work.hint_values
+    all_rows(model, team, model.gather_dot, *matrix, weights.rank, chunk, chunks, work.x, out)
+
+
 @step
 def reduce(model, team, phase, thread, weights, work):
     """The phase of a predictor's basis: what its rows meet. Returns the next phase."""
@@ -133,8 +133,7 @@ def reduce(model, team, phase, thread, weights, work):
         chunk = take(team, phase, thread, chunks)
         if chunk < 0:
             break
-        matrix, out = (weights.basis, weights.basis_stride), work.hint_values
-        all_rows(model, team, model.gather_dot, *matrix, weights.rank, chunk, chunks, work.x, out)
+        meet_basis(model, team, weights, work, chunk, chunks)
         if finish(team, chunks):
             quantize(model.quantize, work.hint, ZERO)
             advance(team, phase)
