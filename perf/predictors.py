@@ -20,7 +20,8 @@ import numpy as np
 from fewfire.observe import Layer, Observation
 from fewfire.packed import TOKENIZER, Packed, open_packed
 from fewfire.quantize import row_bytes
-from fewfire.selectors import fitting, lowrank, router, scores, threshold
+from fewfire.selectors import lowrank, router, scores, threshold
+from fewfire.selectors.fits import Fit, ffn_energy
 from fewfire.selectors.predicted import predicted
 from fewfire.sparsity import predictor_quality
 from fewfire.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ from perf.table import table
 
 DENSITIES = (0.3, 0.5, 0.7)
 _WINDOW = 256
-Fitter = Callable[[Packed, Layer], fitting.Fit]
+Fitter = Callable[[Packed, Layer], Fit]
 
 
 def contenders(hidden: int, ranks: list[int]) -> dict[str, Fitter]:
@@ -45,7 +46,7 @@ def contenders(hidden: int, ranks: list[int]) -> dict[str, Fitter]:
     return found | {"router": router.fit}
 
 
-def _unrefined(packed: Packed, layer: Layer) -> fitting.Fit:
+def _unrefined(packed: Packed, layer: Layer) -> Fit:
     with patch.object(lowrank, "refined", partial(scores.refined, steps=2)):  # the second is the first one that counts
         return lowrank.fit(packed, layer)
 
@@ -53,7 +54,7 @@ def _unrefined(packed: Packed, layer: Layer) -> fitting.Fit:
 def compare(packed: Packed, layer: Layer, ranks: list[int]) -> list[dict[str, Any]]:
     """All contenders on one layer."""
     held, down = scores.held_out(len(layer.fired)), layer.tensors["down.weight"]
-    fired, energy = layer.fired[held], fitting.energy(packed, layer)[held]
+    fired, energy = layer.fired[held], ffn_energy(packed, layer)[held]
     size = np.abs(fired) * threshold.down_weights(down)
     gate = np.abs(layer.gate[held]) * threshold.gate_weights(None if layer.up is None else layer.up[~held], down)
     exact = {d: size > np.quantile(size, 1 - d) for d in DENSITIES}

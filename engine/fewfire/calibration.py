@@ -28,7 +28,8 @@ from fewfire.observe import Observation
 from fewfire.progress import Progress, silent
 from fewfire.selectors import store
 from fewfire.selectors.choices import choices, governed_bytes
-from fewfire.selectors.methods import KINDS, Fit, parse, selection
+from fewfire.selectors.fits import Fit
+from fewfire.selectors.methods import KINDS, parse, selection
 from fewfire.selectors.selection import Selection
 from fewfire.windows import windows
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from fewfire.packed import Packed
 from fewfire.quantize import row_bytes
-from fewfire.selectors.methods import KINDS, Fit
+from fewfire.selectors.fits import Fit
+from fewfire.selectors.methods import KINDS
 from fewfire.spread import Choice
 
 _GRID = np.round(np.arange(0.05, 1.001, 0.025), 3)  # densities to choose from

@@ -10,36 +10,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fewfire import reference
 from fewfire.config import EXACT_ZEROS
 from fewfire.observe import Layer
 from fewfire.packed import Packed
 from fewfire.quantize import decode, encode
 from fewfire.selectors import threshold
+from fewfire.selectors.fits import Fit, ffn_energy
 from fewfire.selectors.scores import Linear, benefits, cuts
 from fewfire.selectors.selection import Predictor
 
-Fit = dict[str, np.ndarray]
 _SHARE = 0.3  # of neurons that are worth reading: the best single one for densities from 0.3 to 0.7
 _FIRING = 0.7  # of those that fire at all, where many do not
 _DENSITIES = (*threshold.DENSITIES[:-1], 0.95, 0.98, 1.0)  # scores have a long tail on the side of what is dropped
-_TOKENS = 1024  # at most so many are enough to measure errors
-
-
-def energy(packed: Packed, layer: Layer) -> np.ndarray:
-    """What the error of each token is divided by, `(T,)`: see `threshold.energy`."""
-    output = reference.linear(layer.tensors, "down", layer.fired)
-    normed = (
-        reference.normed(packed.config, layer.tensors, "ffn_post_norm", output) if packed.config.post_norms else None
-    )
-    return threshold.energy(layer.residual, output, normed)
 
 
 def damage(packed: Packed, layer: Layer) -> np.ndarray:
     """|what a neuron adds to the output|² over the token's energy, `(T, neurons)`."""
     found = layer.fired * threshold.down_weights(layer.tensors["down.weight"])
     found *= found
-    found /= energy(packed, layer)[:, None]
+    found /= ffn_energy(packed, layer)[:, None]
     return found
 
 
@@ -57,9 +46,9 @@ def stored(packed: Packed, scores: Linear) -> tuple[np.ndarray, Linear]:
 
 def curve(packed: Packed, layer: Layer, scores: np.ndarray, members: np.ndarray, held: np.ndarray) -> Fit:
     """Cuts and errors by density, from the scores `(tokens of held, groups)` of tokens that nothing was fitted to."""
-    every = -(-len(scores) // _TOKENS)
+    every = -(-len(scores) // threshold.TOKENS)
     which, down = np.flatnonzero(held)[::every], layer.tensors["down.weight"]
-    fired, per, found = layer.fired[which], energy(packed, layer)[which], cuts(scores, _DENSITIES)
+    fired, per, found = layer.fired[which], ffn_energy(packed, layer)[which], cuts(scores, _DENSITIES)
     errors = [threshold.left_out(fired, spread(scores[::every] > cut, members), down, per) for cut in found]
     densities = np.array(_DENSITIES)
     # More that is read helps on average, but not always by a measurement.

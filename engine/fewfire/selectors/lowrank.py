@@ -14,7 +14,8 @@ from fewfire.observe import Layer
 from fewfire.packed import Packed
 from fewfire.quantize import decode, encode
 from fewfire.selectors import fitting
-from fewfire.selectors.fitting import Fit, fill
+from fewfire.selectors.fits import Fit
+from fewfire.selectors.fitting import fill
 from fewfire.selectors.scores import Linear, guessed, held_out, reduced_rank, refined
 
 __all__ = ["fill", "fit", "rank_of"]

@@ -24,10 +24,9 @@ from fewfire.pack import fit_q4
 from fewfire.packed import Packed
 from fewfire.quantize import decode, encode, row_bytes
 from fewfire.selectors import threshold
+from fewfire.selectors.fits import Fit, attention_energy, ffn_energy
 from fewfire.selectors.selection import Columns, column_shape
 from fewfire.selectors.threshold import DENSITIES, Curve
-
-Fit = dict[str, np.ndarray]  # the fields of a `Curve`
 
 _TOKENS = 256  # that measure the errors of gate and up: a factor that is the same for all densities does not matter
 _ROOM = 64  # bytes behind the last column that kernels may read
@@ -44,12 +43,7 @@ def fit_qkv(packed: Packed, layer: Layer) -> Fit:
 
 def fit_o(packed: Packed, layer: Layer) -> Fit:
     """For the inputs of o, which are the joined heads."""
-    output = reference.linear(layer.tensors, "o", layer.joined)
-    normed = (
-        reference.normed(packed.config, layer.tensors, "attn_post_norm", output) if packed.config.post_norms else None
-    )
-    before = layer.residual - (output if normed is None else normed)
-    return _curve(layer.joined, layer.tensors["o.weight"], threshold.energy(before, output, normed))
+    return _curve(layer.joined, layer.tensors["o.weight"], attention_energy(packed, layer))
 
 
 def fit_ffn(packed: Packed, layer: Layer) -> Fit:
@@ -57,10 +51,7 @@ def fit_ffn(packed: Packed, layer: Layer) -> Fit:
     config, number = packed.config, layer.number
     alike = np.ones(config.hidden_size, np.float32)
     every = -(-len(layer.ffn_in) // _TOKENS)
-    x, fired, residual = (a[::every] for a in (layer.ffn_in, layer.fired, layer.residual))
-    output = reference.linear(layer.tensors, "down", fired)
-    normed = reference.normed(config, layer.tensors, "ffn_post_norm", output) if config.post_norms else None
-    energy = threshold.energy(residual, output, normed)
+    x, fired, energy = layer.ffn_in[::every], layer.fired[::every], ffn_energy(packed, layer, every)
     named = {f"layers.{number}.{name}": tensor for name, tensor in layer.tensors.items()}
     cuts, errors = threshold.cuts(layer.ffn_in, DENSITIES, alike), []
     for cut in cuts:

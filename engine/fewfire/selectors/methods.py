@@ -14,15 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fewfire import reference
 from fewfire.config import EXACT_ZEROS
 from fewfire.observe import Layer
 from fewfire.packed import Packed
 from fewfire.selectors import lowrank, magnitude, router, screen, threshold, top
+from fewfire.selectors.fits import Fit, ffn_energy
 from fewfire.selectors.selection import Selection
 from fewfire.selectors.threshold import Curve
-
-Fit = dict[str, np.ndarray]  # what was fitted for one layer; at least "densities" and "errors", both rising (falling)
 
 
 class Kind(NamedTuple):
@@ -47,15 +45,8 @@ def _gate(packed: Packed, layer: Layer) -> Fit:
 
 
 def _curve(packed: Packed, layer: Layer, values: np.ndarray, weights: np.ndarray) -> Fit:
-    found = threshold.curve(values, weights, layer.fired, layer.tensors["down.weight"], _energy(packed, layer))
+    found = threshold.curve(values, weights, layer.fired, layer.tensors["down.weight"], ffn_energy(packed, layer))
     return dict(vars(found))
-
-
-def _energy(packed: Packed, layer: Layer) -> np.ndarray:
-    """What an error of the FFN's output is divided by, `(T,)`."""
-    config, output = packed.config, reference.linear(layer.tensors, "down", layer.fired)
-    normed = reference.normed(config, layer.tensors, "ffn_post_norm", output) if config.post_norms else None
-    return threshold.energy(layer.residual, output, normed)
 
 
 def _thresholds(packed: Packed, fits: Sequence[Fit], densities: Sequence[float]) -> np.ndarray:
@@ -65,7 +56,7 @@ def _thresholds(packed: Packed, fits: Sequence[Fit], densities: Sequence[float])
 
 
 def _top(packed: Packed, layer: Layer) -> Fit:
-    errors = top.errors(layer.gate, layer.fired, layer.tensors["down.weight"], _energy(packed, layer))
+    errors = top.errors(layer.gate, layer.fired, layer.tensors["down.weight"], ffn_energy(packed, layer))
     return {"densities": np.array(threshold.DENSITIES), "errors": errors}
 
 

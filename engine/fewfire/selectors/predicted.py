@@ -7,6 +7,7 @@ import numpy as np
 from fewfire.observe import Layer
 from fewfire.packed import Formats
 from fewfire.quantize import decode
+from fewfire.selectors.fitting import spread
 from fewfire.selectors.selection import Predictor
 
 
@@ -15,12 +16,12 @@ def predicted(predictor: Predictor, formats: Formats, layer: Layer) -> np.ndarra
 
     With the stored weights of the predictor, but without the engine's rounding of what they meet.
     """
+    return spread(scores(predictor, formats, layer) > 0, predictor.members[layer.number])
+
+
+def scores(predictor: Predictor, formats: Formats, layer: Layer) -> np.ndarray:
+    """The groups' scores with their biases, `(T, groups)`: those over 0 are kept."""
     z, number = layer.attn_in if predictor.early else layer.ffn_in, layer.number
     if predictor.basis is not None:
         z = z @ decode(predictor.basis[number], formats.rows, "dot", z.shape[1]).T  # (T, rank)
-    scores = z @ decode(predictor.rows[number], formats.rows, "dot", z.shape[1]).T + predictor.bias[number]
-    members = predictor.members[number]
-    size = -(-len(members) // scores.shape[1])  # of a group
-    mask = np.empty((len(z), len(members)), bool)
-    mask[:, members] = np.repeat(scores > 0, size, axis=1)[:, : len(members)]
-    return mask
+    return z @ decode(predictor.rows[number], formats.rows, "dot", z.shape[1]).T + predictor.bias[number]

@@ -13,7 +13,8 @@ import numpy as np
 from fewfire.observe import Layer
 from fewfire.packed import Packed
 from fewfire.selectors import fitting
-from fewfire.selectors.fitting import Fit, fill
+from fewfire.selectors.fits import Fit
+from fewfire.selectors.fitting import fill
 from fewfire.selectors.scores import Linear, constant, held_out, reduced_rank, refined
 
 __all__ = ["balanced", "fill", "fit"]

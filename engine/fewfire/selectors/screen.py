@@ -22,9 +22,9 @@ from fewfire.observe import Observation, head_rows
 from fewfire.pack import fit_q4
 from fewfire.packed import Packed
 from fewfire.quantize import GROUP
+from fewfire.selectors.fits import Fit
 from fewfire.selectors.selection import Screen
 
-Fit = dict[str, np.ndarray]
 MARGINS = np.arange(2.0, 20.0)  # nats
 _STATES = 2000  # at most, that the cost is measured on
 _HELD = 0.25  # share of the sample, its end, that the regression does not use

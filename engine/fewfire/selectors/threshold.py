@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_TOKENS = 1024  # at most so many are enough to measure errors
+TOKENS = 1024  # at most so many are enough to measure errors
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -121,7 +121,7 @@ def curve(
     Exact: what is left out goes through the matrix, so that neurons that cancel out each other do.
     """
     found = cuts(values, densities, weights)
-    every = -(-len(values) // _TOKENS)
+    every = -(-len(values) // TOKENS)
     size, inputs, energy = np.abs(values[::every]) * weights, inputs[::every], energy[::every]
     errors = [left_out(inputs, size > cut, matrix, energy) for cut in found]
     return Curve(np.array(densities), found, np.array(errors), weights)

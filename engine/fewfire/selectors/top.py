@@ -10,9 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fewfire.selectors.threshold import DENSITIES, check_density, left_out
-
-_TOKENS = 1024  # at most so many are enough to measure errors
+from fewfire.selectors.threshold import DENSITIES, TOKENS, check_density, left_out
 
 
 def count(neurons: int, density: float) -> int:
@@ -33,7 +31,7 @@ def errors(
     gate: `(T, neurons)` what is compared; inputs: `(T, neurons)` what `matrix` `(hidden, neurons)` is multiplied with;
     energy: `(T,)` what |left out|² is divided by.
     """
-    every, neurons = -(-len(gate) // _TOKENS), gate.shape[1]
+    every, neurons = -(-len(gate) // TOKENS), gate.shape[1]
     size, inputs, energy = np.abs(gate[::every]), inputs[::every], energy[::every]
     least = [neurons - count(neurons, density) for density in densities]  # the rank of the smallest that is kept
     ordered = np.partition(size, sorted(set(least)), axis=1)  # linear in the neurons

@@ -12,7 +12,8 @@ import pytest
 from fewfire.packed import Packed, open_packed
 from fewfire.quantize import row_bytes
 from fewfire.selectors.choices import choices, governed_bytes
-from fewfire.selectors.methods import KINDS, Fit, Kind
+from fewfire.selectors.fits import Fit
+from fewfire.selectors.methods import KINDS, Kind
 
 PackedPath = Callable[[str, str], Path]
 PREDICTOR = SimpleNamespace(

@@ -8,7 +8,8 @@ import pytest
 import planted
 from fewfire.observe import Layer
 from fewfire.quantize import decode, row_bytes
-from fewfire.selectors import Selection, fitting, lowrank, threshold
+from fewfire.selectors import Selection, lowrank, threshold
+from fewfire.selectors.fits import ffn_energy
 from fewfire.selectors.parts import flatten, misfit
 from fewfire.selectors.predicted import predicted
 from fewfire.selectors.scores import held_out
@@ -28,7 +29,10 @@ def test_the_wanted_share_is_kept(layer: Layer, weights: str, early: bool) -> No
     for density in (0.05, 0.1, 0.33, 0.5, 0.85, 0.97):
         predictor = lowrank.fill(packed, [fit], [density])
         assert predictor.early == early
-        assert predicted(predictor, packed.formats, layer)[held].mean() == pytest.approx(density, abs=0.04)
+        assert predicted(predictor, packed.formats, layer)[held].mean() == pytest.approx(
+            density,
+            abs=0.02 if density in fit["densities"] else 0.04,  # cuts between measured ones are interpolated
+        )
     assert predicted(lowrank.fill(packed, [fit], [1.0]), packed.formats, layer).all()
     assert not misfit(packed, *flatten(Selection("lowrank", predictor=lowrank.fill(packed, [fit], [0.5]))))
 
@@ -64,7 +68,7 @@ def test_scores_beat_guessed_gates_of_the_same_rank(layer: Layer) -> None:
         layer.fired[held],
         size > np.quantile(size, 0.7),
         layer.tensors["down.weight"],
-        fitting.energy(packed, layer)[held],
+        ffn_energy(packed, layer)[held],
     )
     assert np.interp(0.3, fit["densities"], fit["errors"]) < lost
 

@@ -36,7 +36,10 @@ def test_the_wanted_share_is_kept(weights: str, neurons: int, random: np.random.
     fit, held = router.fit(packed, layer), held_out(len(layer.fired))
     for density in (0.1, 0.5, 0.9):
         predictor = router.fill(packed, [fit], [density])
-        assert predicted(predictor, packed.formats, layer)[held].mean() == pytest.approx(density, abs=0.05)
+        assert predicted(predictor, packed.formats, layer)[held].mean() == pytest.approx(
+            density,
+            abs=0.03 if density in fit["densities"] else 0.05,  # cuts between measured ones are interpolated
+        )
         assert not misfit(packed, *flatten(Selection("router", predictor=predictor)))
     assert predicted(router.fill(packed, [fit], [1.0]), packed.formats, layer).all()
     assert (np.diff(fit["errors"]) <= 0).all()

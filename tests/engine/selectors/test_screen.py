@@ -17,8 +17,8 @@ from fewfire.observe import Observation, head_rows
 from fewfire.packed import Packed, open_packed
 from fewfire.quantize import FORMATS
 from fewfire.selectors import Selection, screen
+from fewfire.selectors.fits import Fit
 from fewfire.selectors.parts import flatten, misfit
-from fewfire.selectors.screen import Fit
 from tiny import prompt
 
 PackedPath = Callable[[str, str], Path]
