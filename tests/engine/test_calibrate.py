@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import tiny
+from decoding import decoded
 from fewfire import calibration
 from fewfire.calibrate import calibrate
 from fewfire.calibration import Calibration
@@ -36,11 +37,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def model(packed_path: PackedPath, tmp_path: Path) -> Model:
     """A model of the test's own."""
     return Model(open_packed(Path(shutil.copytree(packed_path("llama", "q4"), tmp_path / "packed"))), 1)
-
-
-def decoded(model: Model) -> np.ndarray:
-    session = model.session()
-    return np.stack([session.feed([token]) for token in tiny.prompt(20)])
 
 
 @pytest.mark.parametrize("method", ["gate", "down+gate"])

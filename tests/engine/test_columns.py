@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 
+from decoding import IDS, Margin, check_against, decided, decoded
 from fewfire import reference
 from fewfire.config import ModelConfig
 from fewfire.model import Model
@@ -18,18 +20,12 @@ from fewfire.packed import Packed, open_packed
 from fewfire.quantize import decode, encode, row_bytes
 from fewfire.selectors import Columns, Selection
 from fewfire.selectors.selection import COLUMNS, column_shape
-from tiny import FAMILIES, prompt, write_tiny
+from tiny import FAMILIES, write_tiny
 from unpack import tensors
 
 PackedPath = Callable[[str, str], Path]
-IDS = prompt(20)
 NAMES = {"qkv": ("q", "k", "v"), "o": ("o",), "ffn": ("gate", "up")}
 EVERYTHING = "qkv+o+ffn+gate+down"
-
-
-def decoded(model: Model, ids: Sequence[int] = IDS) -> np.ndarray:
-    session = model.session()
-    return np.stack([session.feed([token]) for token in ids])
 
 
 def matrix(packed: Packed, part: str, layer: int) -> np.ndarray:
@@ -87,7 +83,7 @@ def alike(packed: Packed, value: float, method: str = "qkv+o+ffn") -> Selection:
     )
 
 
-def twin(packed: Packed, selection: Selection) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def twin(packed: Packed, selection: Selection, margin: Margin) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The logits `(T, vocab)` of `IDS`, and by part how many columns each layer reads for the last, `(layers,)`."""
     config, of, linear, neurons = packed.config, packed.formats, reference.linear, reference.neurons
     parts = {part: getattr(selection, part) for part in COLUMNS if getattr(selection, part) is not None}
@@ -104,7 +100,7 @@ def twin(packed: Packed, selection: Selection) -> tuple[np.ndarray, dict[str, np
         _, layer, last = name.split(".")
         for part, value in parts.items():
             if last in NAMES[part]:
-                kept = np.abs(x) > value.thresholds[int(layer)]
+                kept = margin.over(np.abs(x), value.thresholds[int(layer)])
                 read[part][int(layer)], x = kept[-1].sum(), np.where(kept, x, 0)
         return linear(tensors, name, x)
 
@@ -112,9 +108,11 @@ def twin(packed: Packed, selection: Selection) -> tuple[np.ndarray, dict[str, np
         config: ModelConfig, weights: reference.Tensors, layer: int, x: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None]:
         gate, up = neurons(config, weights, layer, x)
-        passed = np.ones(gate.shape, bool) if selection.gate is None else np.abs(gate) > selection.gate[layer]
+        passed = np.ones(gate.shape, bool)
+        if selection.gate is not None:
+            passed = margin.over(np.abs(gate), selection.gate[layer])
         fired = np.where(passed, gate if up is None else gate * up, 0)
-        stays = passed if selection.down is None else np.abs(fired) > selection.down[layer]
+        stays = passed if selection.down is None else margin.over(np.abs(fired), selection.down[layer])
         return np.where(stays, fired, 0), np.ones_like(gate) if config.gated else None
 
     with patch.object(reference, "linear", some), patch.object(reference, "neurons", kept):
@@ -127,16 +125,8 @@ def test_columns_against_the_twin(
     family: str, method: str, packed_path: PackedPath, random: np.random.Generator
 ) -> None:
     packed = open_packed(packed_path(family, "f32"))
-    model = Model(packed, 3, dense=True)
-    dense = decoded(model)
-    selection = selected(random, packed, method)
-    model.engine.select(selection, dense=True)
-    ours, (theirs, _) = decoded(model), twin(packed, selection)
-    assert np.abs(ours - theirs).max() < 2e-4
-    assert np.abs(ours - dense).max() > 0.01
-    one = Model(packed, 1, dense=True)
-    one.engine.select(selection, dense=True)
-    np.testing.assert_array_equal(decoded(one), ours)
+    selection, (theirs, _) = decided(lambda: selected(random, packed, method), partial(twin, packed))
+    check_against(packed, selection, theirs, 3)
 
 
 @pytest.mark.parametrize("weights", ["q8", "q4"])
@@ -148,7 +138,7 @@ def test_integers_against_the_twin(
     selection = certain(random, packed, "qkv+o+ffn")
     model = Model(packed, 2, dense=True)
     model.engine.select(selection, dense=True)
-    ours, (theirs, _) = decoded(model), twin(packed, selection)
+    ours, (theirs, _) = decoded(model), twin(packed, selection, Margin())
     off = np.sqrt(np.square(ours - theirs).mean() / np.square(theirs).mean())
     assert off < (0.002 if weights == "q8" else 0.05)
 
@@ -161,7 +151,7 @@ def test_sizes_that_are_no_multiple_of_anything(tmp_path: Path, weights: str, ra
     selection = selected(random, packed, EVERYTHING) if weights == "f32" else certain(random, packed, "qkv+o+ffn")
     model = Model(packed, 2)
     model.engine.select(selection)
-    ours, (theirs, _) = decoded(model), twin(packed, selection)
+    ours, (theirs, _) = decoded(model), twin(packed, selection, Margin())
     assert np.abs(ours - theirs).max() < (2e-4 if weights == "f32" else 0.02)
 
 
@@ -223,7 +213,7 @@ def test_bytes_are_those_of_the_columns(
     model.engine.select(selection, dense=True)
     assert model.engine.bytes_read() == every  # what the last token read
     decoded(model)
-    _, read = twin(packed, selection)
+    _, read = twin(packed, selection, Margin())
     up = row_bytes(of.rows, c.hidden_size) * c.intermediate_size if c.gated else 0
     rows = {"qkv": arrays["qkv"][0].nbytes, "o": arrays["o"][0].nbytes, "ffn": arrays["gate"][0].nbytes + up}
     expected = every

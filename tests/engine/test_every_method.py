@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import tiny
+from decoding import decoded
 from fewfire import calibration
 from fewfire.calibration import Calibration
 from fewfire.config import EXACT_ZEROS
@@ -18,12 +19,8 @@ from fewfire.packed import open_packed
 from fewfire.selectors.methods import KINDS, METHODS, parse
 
 PackedPath = Callable[[str, str], Path]
+IDS = tiny.prompt(12)
 COMBINED = ("gate+down", "lowrank+gate+down+qkv+o+screen", "gate+reuse-4", "magnitude+screen")
-
-
-def decoded(model: Model) -> np.ndarray:
-    session = model.session()
-    return np.stack([session.feed([token]) for token in tiny.prompt(12)])
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -31,24 +28,28 @@ def test_every_method(family: str, packed_path: PackedPath, tmp_path: Path, monk
     monkeypatch.setattr(calibration, "_WINDOW", 64)
     packed = open_packed(Path(shutil.copytree(packed_path(family, "q4"), tmp_path / "packed")))
     model = Model(packed, 1, dense=True)
-    dense, work, exact = decoded(model), Calibration(model, tiny.PARAGRAPH * 6), packed.config.hidden_act in EXACT_ZEROS
+    dense, work, exact = (
+        decoded(model, IDS),
+        Calibration(model, tiny.PARAGRAPH * 6),
+        packed.config.hidden_act in EXACT_ZEROS,
+    )
     work.fit([*METHODS, "gate+down"])
     for method in (*METHODS, *COMBINED):
         kinds = parse(method).kinds
         # A share that every fit knows, and that a screen's rows leave something of.
         some = {k: [float(f["densities"][len(f["densities"]) // 2 - 1]) for f in work.fits(k)] for k in kinds}
         model.engine.select(work.selection(method, some), dense=True)
-        logits = decoded(model)
+        logits = decoded(model, IDS)
         assert np.isfinite(logits).all(), method
         if not {"screen", "predictor"} & {KINDS[kind].field for kind in kinds}:  # which cost a tiny model more
             assert model.engine.bytes_read() < packed.bytes_per_token(), method
         every = {k: [1.0] * len(work.fits(k)) for k in kinds}
         model.engine.select(work.selection(method, every), dense=not exact)
-        np.testing.assert_array_equal(decoded(model), dense if not exact else decoded_again(model), method)
+        np.testing.assert_array_equal(decoded(model, IDS), dense if not exact else decoded_again(model), method)
     assert set(KINDS) == {kind for method in METHODS for kind in METHODS[method]}
 
 
 def decoded_again(model: Model) -> np.ndarray:
     """Without a selection: zeros that a ReLU makes change the order of additions."""
     model.engine.select(None)
-    return decoded(model)
+    return decoded(model, IDS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from decoding import decoded
 from fewfire import quantize
 from fewfire.engine import Engine
 from fewfire.model import Model
@@ -36,11 +37,6 @@ def odd_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return out if out.exists() else pack(source, out, weights)
 
     return path
-
-
-def decoded(model: Model, ids: Sequence[int] = IDS) -> np.ndarray:
-    session = model.session()
-    return np.stack([session.feed([token]) for token in ids])
 
 
 def random_screen(random: np.random.Generator, packed: Packed, rank: int, margin: float) -> Screen:
@@ -73,9 +69,9 @@ def exact(engine: Engine) -> int:
 def check_against_twin(packed: Packed, screen: Screen) -> None:
     tolerance = {"f32": 1e-3, "q8": 5e-3, "q4": 0.05}[packed.weights]
     model = Model(packed, 2)
-    dense = decoded(model)
+    dense = decoded(model, IDS)
     model.engine.select(Selection("screen", screen=screen))
-    ours, theirs = decoded(model), twin(packed, screen, dense)
+    ours, theirs = decoded(model, IDS), twin(packed, screen, dense)
     under = theirs.max(axis=1, keepdims=True) - theirs
     surely, never = under < screen.margin - 2 * tolerance, under > screen.margin + 2 * tolerance
     assert surely.sum() > 2 * len(IDS)
@@ -86,7 +82,7 @@ def check_against_twin(packed: Packed, screen: Screen) -> None:
     for threads in (1, 3):
         other = Model(packed, threads)
         other.engine.select(Selection("screen", screen=screen))
-        np.testing.assert_array_equal(decoded(other), ours)
+        np.testing.assert_array_equal(decoded(other, IDS), ours)
         assert exact(other.engine) == exact(model.engine)
 
 
@@ -108,13 +104,13 @@ def test_odd_sizes(weights: str, odd_path: Callable[[str], Path], random: np.ran
 def test_everything_exact_is_dense(weights: str, packed_path: PackedPath, random: np.random.Generator) -> None:
     packed = open_packed(packed_path("llama", weights))
     model, screen = Model(packed, 2), random_screen(random, packed, 40, 1e9)
-    dense, every = decoded(model), model.engine.bytes_read()
+    dense, every = decoded(model, IDS), model.engine.bytes_read()
     model.engine.select(Selection("screen", screen=screen))
-    np.testing.assert_array_equal(decoded(model), dense)
+    np.testing.assert_array_equal(decoded(model, IDS), dense)
     assert exact(model.engine) == packed.config.vocab_size
     assert model.engine.bytes_read() == every + screen.rows.nbytes + screen.basis.nbytes + screen.bias.nbytes
     model.engine.select(Selection("screen", screen=replace(screen, margin=np.inf)))
-    np.testing.assert_array_equal(decoded(model), dense)
+    np.testing.assert_array_equal(decoded(model, IDS), dense)
     assert model.engine.bytes_read() == every
 
 
@@ -137,35 +133,35 @@ def test_more_candidates_than_are_computed_together(tmp_path: Path, random: np.r
 def test_bytes_are_those_that_are_read(weights: str, packed_path: PackedPath, random: np.random.Generator) -> None:
     packed = open_packed(packed_path("llama", weights))
     model, screen = Model(packed, 2), random_screen(random, packed, 40, 1.0)
-    decoded(model)
+    decoded(model, IDS)
     every, head = model.engine.bytes_read(), packed.arrays["head"].nbytes
     model.engine.select(Selection("screen", screen=screen))
     assert model.engine.bytes_read() == every  # before the first token
-    decoded(model)
+    decoded(model, IDS)
     row = quantize.row_bytes(packed.formats.table, packed.config.hidden_size)
     reads = sum(array.nbytes for array in (screen.rows, screen.basis, screen.bias)) + exact(model.engine) * row
     assert 0 < exact(model.engine) < packed.config.vocab_size
     assert every - model.engine.bytes_read() == head - reads
     model.engine.select(None)
-    decoded(model)
+    decoded(model, IDS)
     assert model.engine.bytes_read() == every
 
 
 def test_screens_are_swapped(packed_path: PackedPath, random: np.random.Generator) -> None:
     packed = open_packed(packed_path("gemma3", "q4"))
     model = Model(packed, 2)
-    dense = decoded(model)
+    dense = decoded(model, IDS)
     screens = [random_screen(random, packed, rank, 2.0) for rank in (64, 3, 40)]
     first = []
     for screen in screens:
         fresh = Model(packed, 2)
         fresh.engine.select(Selection("screen", screen=screen))
-        first.append(decoded(fresh))
+        first.append(decoded(fresh, IDS))
     for i in (0, 1, 2, 1, 0):
         model.engine.select(Selection("screen", screen=screens[i]))
-        np.testing.assert_array_equal(decoded(model), first[i])
+        np.testing.assert_array_equal(decoded(model, IDS), first[i])
         model.engine.select(None)
-        np.testing.assert_array_equal(decoded(model), dense)
+        np.testing.assert_array_equal(decoded(model, IDS), dense)
 
 
 def test_nothing_is_left_over_from_before(packed_path: PackedPath, random: np.random.Generator) -> None:
@@ -173,7 +169,7 @@ def test_nothing_is_left_over_from_before(packed_path: PackedPath, random: np.ra
     packed = open_packed(packed_path("llama", "q4"))
     model, vocab = Model(packed, 2), packed.config.vocab_size
     model.engine.select(Selection("screen", screen=random_screen(random, packed, 40, 2.0)))
-    expected, cache, work = decoded(model), model.engine.new_cache(len(IDS)), model.engine._work
+    expected, cache, work = decoded(model, IDS), model.engine.new_cache(len(IDS)), model.engine._work
     rubbish = {"largest": np.nan, "values": np.nan, "candidates": -1, "exact": 2**40}
     for position, token in enumerate(IDS):
         for name, value in rubbish.items():
@@ -200,7 +196,7 @@ def test_nan_is_not_hidden(packed_path: PackedPath, random: np.random.Generator)
 def test_a_screen_of_another_shape_is_refused(packed_path: PackedPath, random: np.random.Generator) -> None:
     packed = open_packed(packed_path("llama", "q4"))
     model, screen = Model(packed, 1), random_screen(random, packed, 40, 2.0)
-    before = decoded(model)
+    before = decoded(model, IDS)
     for wrong in (
         replace(screen, rows=screen.rows[:-1]),
         replace(screen, basis=screen.basis[:, :-1]),
@@ -210,4 +206,4 @@ def test_a_screen_of_another_shape_is_refused(packed_path: PackedPath, random: n
     ):
         with pytest.raises(ValueError, match="the selection does not fit the model"):
             model.engine.select(Selection("screen", screen=wrong))
-    np.testing.assert_array_equal(decoded(model), before)
+    np.testing.assert_array_equal(decoded(model, IDS), before)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,23 +13,19 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
+from decoding import IDS, Margin, check_against, decided, decoded
 from fewfire import reference
 from fewfire.config import EXACT_ZEROS, ModelConfig
 from fewfire.model import Model
 from fewfire.packed import Packed, open_packed
 from fewfire.quantize import encode, row_bytes
 from fewfire.selectors import Predictor, Selection
-from fewfire.selectors.predicted import predicted
-from tiny import FAMILIES, prompt
+from fewfire.selectors.fitting import spread
+from fewfire.selectors.predicted import scores
+from tiny import FAMILIES
 from unpack import tensors as unpacked
 
 PackedPath = Callable[[str, str], Path]
-IDS = prompt(20)
-
-
-def decoded(model: Model, ids: Sequence[int] = IDS) -> np.ndarray:
-    session = model.session()
-    return np.stack([session.feed([token]) for token in ids])
 
 
 def thresholds(random: np.random.Generator, packed: Packed, size: float) -> np.ndarray:
@@ -74,7 +71,7 @@ def selected(random: np.random.Generator, packed: Packed, parts: str) -> Selecti
     return Selection(parts, **found)
 
 
-def twin(packed: Packed, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
+def twin(packed: Packed, selection: Selection, margin: Margin) -> tuple[np.ndarray, np.ndarray]:
     """The logits `(T, vocab)` of `IDS`, and how many gate, up and down rows each layer needs for the last."""
     neurons, attention = reference.neurons, reference.attention
     read, attn_in = np.zeros((packed.config.num_hidden_layers, 3), int), np.zeros(0)
@@ -93,13 +90,14 @@ def twin(packed: Packed, selection: Selection) -> tuple[np.ndarray, np.ndarray]:
         guessed, passed, stays = every, every, every
         if selection.predictor:
             seen: Any = SimpleNamespace(number=layer, attn_in=attn_in, ffn_in=x)
-            guessed = predicted(selection.predictor, packed.formats, seen)
+            found = scores(selection.predictor, packed.formats, seen)
+            guessed = spread(margin.over(found, 0.0), selection.predictor.members[layer])
         if selection.top is not None and (k := selection.top[layer]) < gate.shape[1]:
             passed = np.abs(gate) > np.sort(np.abs(gate), axis=1)[:, -k - 1, None]
         if selection.gate is not None:
-            passed = passed & (np.abs(gate) > selection.gate[layer])
+            passed = passed & margin.over(np.abs(gate), selection.gate[layer])
         if selection.down is not None:
-            stays = np.abs(fired) > selection.down[layer]
+            stays = margin.over(np.abs(fired), selection.down[layer])
         before, out = np.zeros(gate.shape[1], bool), np.zeros_like(fired)
         for t in range(len(x)):
             before &= t % selection.window != 0
@@ -124,17 +122,8 @@ def test_selections_against_the_twin(
     family: str, parts: str, packed_path: PackedPath, random: np.random.Generator
 ) -> None:
     packed = open_packed(packed_path(family, "f32"))
-    model = Model(packed, 2, dense=True)
-    dense = decoded(model)
-    selection = selected(random, packed, parts)
-    model.engine.select(selection, dense=True)
-    ours, (theirs, read) = decoded(model), twin(packed, selection)
-    assert np.abs(ours - theirs).max() < 2e-4
-    assert np.abs(ours - dense).max() > 0.01
-    np.testing.assert_array_equal(model.engine.neurons_read(), read)
-    one = Model(packed, 1, dense=True)
-    one.engine.select(selection, dense=True)
-    np.testing.assert_array_equal(decoded(one), ours)
+    selection, (theirs, read) = decided(lambda: selected(random, packed, parts), partial(twin, packed))
+    np.testing.assert_array_equal(check_against(packed, selection, theirs, 2).engine.neurons_read(), read)
 
 
 def test_what_is_kept_does_not_depend_on_what_was_taken_back(
