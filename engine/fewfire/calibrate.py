@@ -96,7 +96,7 @@ def check(method: str | None, density: float | None, budget: float | None) -> No
 
 
 def _within_budget(work: Calibration, methods: Sequence[str], budget: float) -> list[Trial]:
-    """For each method the setting that reads least and keeps the budget; those that have none are left out."""
+    """For each method the setting that should be fastest and keeps the budget; those that have none are left out."""
     work.fit(methods)
     found, start = list[Trial](), math.log1p(budget)
     for number, method in enumerate(methods, start=1):

@@ -27,7 +27,7 @@ from fewfire.notebook import Notebook
 from fewfire.observe import Observation
 from fewfire.progress import Progress, silent
 from fewfire.selectors import store
-from fewfire.selectors.choices import choices, governed_bytes
+from fewfire.selectors.choices import Cost, choices, governed_bytes, in_bytes, in_time
 from fewfire.selectors.fits import Fit
 from fewfire.selectors.methods import KINDS, parse, selection
 from fewfire.selectors.selection import Selection
@@ -48,6 +48,8 @@ _PROBE_DENSITY = 0.3  # whose error, in the middle layer, all layers are probed 
 _MARGIN = 1.28  # standard errors: a budget is kept with a probability of 90 %
 _ADJUSTED = 256  # tokens that tell what share is read
 _ADJUSTMENTS = 6
+_TIMED = (0.3, 0.6)  # densities of layers at which the cost of leaving out is timed
+_TIMED_ERRORS = (0.03, 0.003)  # nats of KL divergence; of the head
 _ENOUGH = 0.002  # of density is close enough
 
 Densities = dict[str, list[float]]  # by kind and layer; of the head there is one
@@ -188,22 +190,38 @@ class Calibration:
         """Tokens of a trial that decides."""
         return max(512, min(_SCORED, int(_WORK / self.packed.bytes_per_token())))
 
+    def costs(self, kind: str) -> Cost:
+        """What a kind costs in time, in bytes that take as long: measured with the kind alone, everywhere alike."""
+        fits, count = self.fits(kind), len(self.fits(kind))
+        densities = _timed(kind, fits)
+
+        def compute() -> list[float]:
+            selections = [self.selection(kind, {kind: [density] * count}) for density in densities]
+            return timing.side_by_side(self.model, [None, *selections], self.held[0], self.progress)
+
+        dense, *times = self.notebook.number(f"times {kind}", compute)
+        a_second = self.packed.bytes_per_token() / dense
+        saved = {density: (dense - t) * a_second for density, t in zip(densities, times, strict=True)}
+        return in_time(self.packed, kind, count, saved)
+
     # --- choosing -----------------------------------------------------------------------------------------------------
 
-    def choices(self, method: str, probed: bool = True) -> list[spread.Choice]:
+    def choices(self, method: str, probed: bool = True, timed: bool = False) -> list[spread.Choice]:
         """What every part of the model has to choose from; the damage is in nats of KL divergence.
 
-        Not `probed`: an error of 1 in the output is as bad in one layer as in another (TEAL, 2408.14690).
+        Not `probed`: an error of 1 in the output is as bad in one layer as in another (TEAL, 2408.14690). `timed`:
+        costs stand for time, else for bytes.
         """
         self.fit([method])
         fits = {kind: self.fits(kind) for kind in parse(method).kinds}
         weights = {kind: self.weights(kind) if probed else [1.0] * len(fits[kind]) for kind in fits}
-        return choices(self.packed, fits, weights)
+        costs = {kind: self.costs(kind) for kind in fits} if timed else in_bytes(self.packed, fits)
+        return choices(self.packed, fits, weights, costs)
 
     def spread(self, method: str) -> Callable[[float], Densities]:
         """From a share of the bytes to the densities that do the least damage with it."""
         options, governed = self.choices(method), governed_bytes(self.packed, parse(method).kinds)
-        return lambda share: _densities(options, spread.within_bytes(options, share * governed))
+        return lambda share: _densities(options, spread.within_cost(options, share * governed))
 
     def greedy(self, method: str) -> Callable[[float], Densities]:
         """The same by TEAL's search, a baseline, which knows errors but not what they mean."""
@@ -241,11 +259,11 @@ class Calibration:
         return best, dense / times[best]
 
     def within(self, budget: float, method: str, start: float, stage: str) -> tuple[Trial, float] | None:
-        """The setting that reads least and lets perplexity grow by no more than a budget, and its predicted damage.
+        """The setting that should be fastest within a budget of growing perplexity, and its predicted damage.
 
         start: the damage to begin with, in nats. None if nothing keeps the budget.
         """
-        options = self.choices(method)
+        options = self.choices(method, timed=True)
 
         def attempt(limit: float) -> tuple[tuple[Trial, float], float]:
             picked = _densities(options, spread.within_damage(options, limit))
@@ -284,6 +302,15 @@ def _density_for(fit: Fit, error: float) -> float:
     """The density at which a layer loses so much, in the range that was fitted."""
     found = float(np.interp(-error, -fit["errors"], fit["densities"]))
     return min(max(found, float(fit["densities"][0])), 0.95)
+
+
+def _timed(kind: str, fits: Sequence[Fit]) -> tuple[float, float]:
+    """Two densities that a kind is timed at, in the range where calibrations mostly end up."""
+    least = max(float(fit["densities"][0]) for fit in fits)
+    if KINDS[kind].part != "head":
+        return max(_TIMED[0], least), max(_TIMED[1], least + 0.1)
+    low, high = (float(np.interp(-error, -fits[0]["errors"], fits[0]["densities"])) for error in _TIMED_ERRORS)
+    return low, max(high, low + 0.01)
 
 
 def _densities(options: Sequence[spread.Choice], picked: Sequence[int]) -> Densities:

@@ -1,9 +1,10 @@
 """Spreading a density: how much each part of a model keeps, so that little is read and little is lost.
 
-A model's parts (say, the gate threshold of layer 7) each have a choice of settings, of which each costs bytes and does
-damage. Damages of different parts add up, which holds as long as they are small; then the settings that do the least
-damage for the bytes they cost minimise `damage + price * bytes` for some price, each part by itself (Everett 1963,
-generalized Lagrange multipliers; in compression: Shoham and Gersho 1988). Knows nothing of models.
+A model's parts (say, the gate threshold of layer 7) each have a choice of settings, of which each costs something
+(bytes to read, or time) and does damage. Damages of different parts add up, which holds as long as they are small;
+then the settings that do the least damage for their cost minimise `damage + price * cost` for some price, each part by
+itself (Everett 1963, generalized Lagrange multipliers; in compression: Shoham and Gersho 1988). Knows nothing of
+models.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ _STEPS = 40  # of a bisection: prices lie up to twenty orders of magnitude apart
 class Choice:
     """The settings that one part of a model has to choose from; `settings[i]` is whatever the caller makes of it."""
 
-    bytes: np.ndarray  # (settings,) read for a token
-    damage: np.ndarray  # (settings,) in any unit that is the same for all parts
+    cost: np.ndarray  # (settings,) in any unit that is the same for all parts
+    damage: np.ndarray  # (settings,) likewise
     settings: Sequence[object]
 
 
 def cheapest(choices: Sequence[Choice], price: float) -> list[int]:
-    """The setting of each part with the least damage + price * bytes; of equals, the first."""
-    return [int(np.argmin(choice.damage + price * choice.bytes)) for choice in choices]
+    """The setting of each part with the least damage + price * cost; of equals, the first."""
+    return [int(np.argmin(choice.damage + price * choice.cost)) for choice in choices]
 
 
-def total_bytes(choices: Sequence[Choice], picked: Sequence[int]) -> float:
-    """What the picked settings read together."""
-    return float(sum(choice.bytes[i] for choice, i in zip(choices, picked, strict=True)))
+def total_cost(choices: Sequence[Choice], picked: Sequence[int]) -> float:
+    """What the picked settings cost together."""
+    return float(sum(choice.cost[i] for choice, i in zip(choices, picked, strict=True)))
 
 
 def total_damage(choices: Sequence[Choice], picked: Sequence[int]) -> float:
@@ -40,19 +41,19 @@ def total_damage(choices: Sequence[Choice], picked: Sequence[int]) -> float:
     return float(sum(choice.damage[i] for choice, i in zip(choices, picked, strict=True)))
 
 
-def within_bytes(choices: Sequence[Choice], limit: float) -> list[int]:
-    """The settings of least damage that read at most `limit` bytes, or the least that can be read if that is more."""
-    return _bisect(choices, lambda picked: total_bytes(choices, picked) <= limit, fewer_is_right=True)
+def within_cost(choices: Sequence[Choice], limit: float) -> list[int]:
+    """The settings of least damage that cost at most `limit`, or the cheapest if that is more."""
+    return _bisect(choices, lambda picked: total_cost(choices, picked) <= limit, fewer_is_right=True)
 
 
 def within_damage(choices: Sequence[Choice], limit: float) -> list[int]:
-    """The settings that read the fewest bytes and do at most `limit` of damage, or the least damage if that is more."""
+    """The cheapest settings that do at most `limit` of damage, or those of least damage if that is more."""
     return _bisect(choices, lambda picked: total_damage(choices, picked) <= limit, fewer_is_right=False)
 
 
 def _bisect(choices: Sequence[Choice], fits: Callable[[list[int]], bool], fewer_is_right: bool) -> list[int]:
     """The settings at the lowest price (or the highest, if not `fewer_is_right`) that fit."""
-    scale = max(float(np.ptp(c.damage)) for c in choices) / max(1.0, *(float(np.ptp(c.bytes)) for c in choices))
+    scale = max(float(np.ptp(c.damage)) for c in choices) / max(1.0, *(float(np.ptp(c.cost)) for c in choices))
     low, high = np.log(max(scale, 1e-30)) - 25, np.log(max(scale, 1e-30)) + 25
     right, wrong = (high, low) if fewer_is_right else (low, high)
     if fits(picked := cheapest(choices, float(np.exp(wrong)))):
@@ -69,12 +70,12 @@ def _bisect(choices: Sequence[Choice], fits: Callable[[list[int]], bool], fewer_
 def greedy(choices: Sequence[Choice], limit: float, step: int = 1) -> list[int]:
     """TEAL's search (2408.14690, algorithm 1), the baseline: one part at a time goes `step` settings down.
 
-    From everything kept, the part whose next setting adds the least damage takes it, whatever it saves, until `limit`
-    bytes are met. `settings` must fall in bytes.
+    From everything kept, the part whose next setting adds the least damage takes it, whatever it saves, until the cost
+    is `limit`. `settings` must fall in cost.
     """
     picked = [0] * len(choices)
-    while total_bytes(choices, picked) > limit:
-        candidates = [i for i, choice in enumerate(choices) if picked[i] + step < len(choice.bytes)]
+    while total_cost(choices, picked) > limit:
+        candidates = [i for i, choice in enumerate(choices) if picked[i] + step < len(choice.cost)]
         if not candidates:
             break
         added = [float(choices[i].damage[picked[i] + step] - choices[i].damage[picked[i]]) for i in candidates]

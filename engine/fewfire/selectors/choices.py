@@ -1,14 +1,15 @@
-"""The densities that each part of a model may choose from, with the bytes that a token reads then and the damage done.
+"""The densities that each part of a model may choose from, with what a token costs then and the damage done.
 
 A layer's FFN is one part, with a density for each of a method's kinds in it; its attention has two, what comes before
-and what comes after; the output head is one. `spread.py` chooses. Bytes are those of the rows that a method may leave
-out, and of what it reads in addition: predictors, screens.
+and what comes after; the output head is one. `spread.py` chooses. Costs are the bytes of the rows that a method may
+leave out, and of what it reads in addition: predictors, screens. Where they are to stand for time, each byte of a row
+that is read out of order counts as the bytes in order that take as long.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,13 @@ _GOVERNS: dict[str, tuple[str, ...]] = {
 }
 
 
+class Cost(NamedTuple):
+    """What a kind costs a layer, or the head, wherever it leaves something out."""
+
+    added: float  # in bytes, whatever the density
+    factor: float = 1.0  # for each byte that is still read
+
+
 def governed_bytes(packed: Packed, kinds: Sequence[str]) -> int:
     """Bytes of all rows that these kinds may leave out: what their density is a share of."""
     size = _matrices(packed)
@@ -44,23 +52,45 @@ def governed_bytes(packed: Packed, kinds: Sequence[str]) -> int:
     )
 
 
-def choices(packed: Packed, fits: Mapping[str, Sequence[Fit]], weights: Mapping[str, Sequence[float]]) -> list[Choice]:
+def in_bytes(packed: Packed, fits: Mapping[str, Sequence[Fit]]) -> dict[str, Cost]:
+    """Costs by kind, where bytes are what counts."""
+    return {kind: Cost(_added(packed, kind, found)) for kind, found in fits.items()}
+
+
+def in_time(packed: Packed, kind: str, count: int, measured: Mapping[float, float]) -> Cost:
+    """The cost of a kind by how many bytes of a token it saved at two densities, the same in all of its `count` layers.
+
+    measured: bytes in order that take as long as what was saved, by density; negative where nothing was.
+    """
+    size = _columns(packed).get(KINDS[kind].field, governed_bytes(packed, [kind]) / count)
+    (low, saved), (high, less) = sorted(measured.items())
+    factor = max(1.0, (saved - less) / ((high - low) * size * count))
+    spent = governed_bytes(packed, [kind]) - (saved + less) / 2
+    return Cost(max(0.0, spent / count - factor * size * (low + high) / 2), factor)
+
+
+def choices(
+    packed: Packed,
+    fits: Mapping[str, Sequence[Fit]],
+    weights: Mapping[str, Sequence[float]],
+    costs: Mapping[str, Cost],
+) -> list[Choice]:
     """One choice for each part that the kinds decide about, in the order of the layers; settings are densities by kind.
 
-    fits: by kind and layer (the head is one layer); weights: damage done by an error of 1, by kind and layer. Only
-    settings that no other one is better than are there, in falling order of their bytes: from everything kept on.
+    fits: by kind and layer (the head is one layer); weights: damage done by an error of 1, by kind and layer; costs: by
+    kind. Only settings that no other one is better than are there, in falling order of cost: from everything kept on.
     """
     found = []
     for part in dict.fromkeys(KINDS[kind].part for kind in fits):
         inside = [kind for kind in fits if KINDS[kind].part == part]
-        added = {KINDS[kind].field: _added(packed, kind, fits[kind]) for kind in inside}
+        spent = {KINDS[kind].field: costs[kind] for kind in inside}
         for layer in range(len(fits[inside[0]])):
             here = {kind: fits[kind][layer] for kind in inside}
             grids = dict(zip(here, np.meshgrid(*_axes(part, here), indexing="ij"), strict=True))
             damage: Any = sum(weights[k][layer] * np.interp(d, here[k]["densities"], here[k]["errors"])
                               for k, d in grids.items())  # fmt: skip
-            read = _read(packed, {KINDS[kind].field: density for kind, density in grids.items()}, added)
-            found.append(_front(read.reshape(-1), damage.reshape(-1), grids))
+            cost = _cost(packed, {KINDS[kind].field: density for kind, density in grids.items()}, spent)
+            found.append(_front(cost.reshape(-1), damage.reshape(-1), grids))
     return found
 
 
@@ -74,18 +104,18 @@ def _axes(part: str, fits: Mapping[str, Fit]) -> list[np.ndarray]:
     return [np.append(grid[(grid >= each) & (grid < 1)], 1.0) for each in least]
 
 
-def _front(read: np.ndarray, damage: np.ndarray, densities: Mapping[str, np.ndarray]) -> Choice:
-    """The settings than which none reads less and does as little damage."""
-    order = np.lexsort((damage, read))
+def _front(cost: np.ndarray, damage: np.ndarray, densities: Mapping[str, np.ndarray]) -> Choice:
+    """The settings than which none costs less and does as little damage."""
+    order = np.lexsort((damage, cost))
     least = np.minimum.accumulate(np.append(np.inf, damage[order][:-1]))
     chosen = order[damage[order] < least][::-1]
     columns = {kind: each.reshape(-1)[chosen].tolist() for kind, each in densities.items()}
     settings = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return Choice(read[chosen].astype(float), damage[chosen].astype(float), settings)
+    return Choice(cost[chosen].astype(float), damage[chosen].astype(float), settings)
 
 
-def _read(packed: Packed, densities: Mapping[str, np.ndarray], added: Mapping[str, float]) -> np.ndarray:
-    """Bytes that a layer, or the head, reads at densities by field, of all that these fields decide about."""
+def _cost(packed: Packed, densities: Mapping[str, np.ndarray], costs: Mapping[str, Cost]) -> np.ndarray:
+    """What a layer, or the head, costs at densities by field, of all that these fields decide about."""
     size, column, every = _matrices(packed), _columns(packed), np.ones(())
     predicted = densities.get("predictor", every)
     # What a later test keeps, nearly all earlier ones do: they look for the same neurons.
@@ -95,12 +125,17 @@ def _read(packed: Packed, densities: Mapping[str, np.ndarray], added: Mapping[st
         share["head"] = densities["screen"]
     found = np.zeros(np.broadcast_shapes(*(each.shape for each in densities.values())))
     for name in {name for field in densities for name in _GOVERNS[field]}:
-        found = found + size[name] * share.get(name, every)
+        factor: Any = 1.0
+        for field in densities.keys() - column.keys():
+            if name in _GOVERNS[field]:
+                factor = np.maximum(factor, np.where(densities[field] < 1, costs[field].factor, 1))
+        found = found + size[name] * share.get(name, every) * factor
     for field in column.keys() & densities.keys():
         rows, density = sum(size[name] for name in _GOVERNS[field]), densities[field]
-        found = found + np.where(density < 1, column[field] * density - rows, 0)  # rows are read when all are
-    for field, more in added.items():
-        found = found + np.where(densities[field] < 1, more, 0)
+        by_columns = column[field] * density * costs[field].factor
+        found = found + np.where(density < 1, by_columns - rows, 0)  # rows are read when all are
+    for field, cost in costs.items():
+        found = found + np.where(densities[field] < 1, cost.added, 0)
     return found
 
 

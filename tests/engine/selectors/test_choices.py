@@ -11,9 +11,10 @@ import pytest
 
 from fewfire.packed import Packed, open_packed
 from fewfire.quantize import row_bytes
-from fewfire.selectors.choices import choices, governed_bytes
+from fewfire.selectors.choices import Cost, choices, governed_bytes, in_bytes, in_time
 from fewfire.selectors.fits import Fit
 from fewfire.selectors.methods import KINDS, Kind
+from fewfire.spread import Choice
 
 PackedPath = Callable[[str, str], Path]
 PREDICTOR = SimpleNamespace(
@@ -52,19 +53,24 @@ def weights(packed: Packed, *kinds: str) -> dict[str, list[float]]:
     return {kind: [1.0 + i for i in range(len(found))] for kind, found in fits(packed, *kinds).items()}
 
 
+def in_bytes_of(packed: Packed, *kinds: str) -> list[Choice]:
+    found = fits(packed, *kinds)
+    return choices(packed, found, weights(packed, *kinds), in_bytes(packed, found))
+
+
 @pytest.mark.parametrize(
     "kinds",
     [("down",), ("gate", "down"), ("top",), ("lowrank", "gate", "down"), ("qkv", "o", "ffn", "down"), ("screen", "o")],
 )
 def test_everything_kept_is_everything_governed(packed: Packed, kinds: tuple[str, ...]) -> None:
-    found = choices(packed, fits(packed, *kinds), weights(packed, *kinds))
-    assert sum(choice.bytes[0] for choice in found) == governed_bytes(packed, kinds)
+    found = in_bytes_of(packed, *kinds)
+    assert sum(choice.cost[0] for choice in found) == governed_bytes(packed, kinds)
     for choice in found:
         assert choice.damage[0] == 0
         assert set(choice.settings[0].values()) == {1.0}
-        assert (np.diff(choice.bytes) < 0).all()
+        assert (np.diff(choice.cost) < 0).all()
         assert (np.diff(choice.damage) > 0).all()
-        assert len(choice.settings) == len(choice.bytes)
+        assert len(choice.settings) == len(choice.cost)
 
 
 def test_all_that_a_model_reads_is_governed_by_somebody(packed: Packed) -> None:
@@ -78,8 +84,8 @@ def test_tests_of_a_neuron_come_one_after_the_other(packed: Packed) -> None:
     row, down = row_bytes(of.rows, c.hidden_size), row_bytes(of.down, c.hidden_size)
     up, n = row if c.gated else 0, c.intermediate_size
     added = 10 * 20 + 4 * 5
-    for choice in choices(packed, fits(packed, *kinds), weights(packed, *kinds)):
-        for read, s in zip(choice.bytes, choice.settings, strict=True):
+    for choice in in_bytes_of(packed, *kinds):
+        for read, s in zip(choice.cost, choice.settings, strict=True):
             fired = min(s["lowrank"], s["gate"])
             wanted = n * (row * s["lowrank"] + up * fired + down * min(fired, s["down"]))
             assert read == pytest.approx(wanted + (added if s["lowrank"] < 1 else 0))
@@ -90,16 +96,55 @@ def test_columns_are_chosen_only_where_they_are_fewer_bytes(packed: Packed) -> N
     queries = c.num_attention_heads * c.head_dim
     column = row_bytes(packed.formats.down, c.hidden_size)
     rows = c.hidden_size * row_bytes(packed.formats.rows, queries)
-    for choice in choices(packed, fits(packed, "o"), weights(packed, "o")):
-        assert choice.bytes[0] == rows
-        for read, setting in list(zip(choice.bytes, choice.settings, strict=True))[1:]:
+    for choice in in_bytes_of(packed, "o"):
+        assert choice.cost[0] == rows
+        for read, setting in list(zip(choice.cost, choice.settings, strict=True))[1:]:
             assert read == pytest.approx(queries * column * setting["o"])
             assert read < rows
 
 
 def test_the_head_has_its_screen_to_pay_for(packed: Packed) -> None:
     head = packed.arrays.get("head", packed.arrays["embed"]).nbytes
-    (choice,) = choices(packed, fits(packed, "screen"), {"screen": [1.0]})
-    for read, damage, setting in list(zip(choice.bytes, choice.damage, choice.settings, strict=True))[1:]:
+    (choice,) = in_bytes_of(packed, "screen")
+    for read, damage, setting in list(zip(choice.cost, choice.damage, choice.settings, strict=True))[1:]:
         assert read == pytest.approx(head * setting["screen"] + 300 * (2 + 4))
         assert damage == pytest.approx(np.interp(setting["screen"], [0.1, 0.5, 0.9, 1.0], [0.81, 0.25, 0.01, 0.0]))
+
+
+def test_time_is_learnt_from_two_densities(packed: Packed) -> None:
+    """Whatever reading out of order costs, the choices at the measured densities cost what was measured."""
+    layers, random = packed.config.num_hidden_layers, np.random.default_rng(7)
+    for kind in ("down", "gate", "top", "lowrank", "o", "screen"):
+        count = 1 if KINDS[kind].part == "head" else layers
+        whole = governed_bytes(packed, [kind])
+        slope, added = random.uniform(1.2, 3) * whole, random.uniform(0, 0.2) * whole
+        if kind == "o":
+            slope = 3 * slope  # a byte of columns must not seem cheaper than one of rows
+        saved = {density: whole - added - slope * density for density in (0.3, 0.6)}
+        cost = in_time(packed, kind, count, saved)
+        assert cost.factor > 1
+        found = {kind: [{"densities": np.array([0.1, 1.0]), "errors": np.array([1.0, 0.0])}] * count}
+        for choice in choices(packed, found, {kind: [1.0] * count}, {kind: cost}):
+            for each, setting in list(zip(choice.cost, choice.settings, strict=True))[1:]:
+                assert each * count == pytest.approx(added + slope * setting[kind])
+                assert each < choice.cost[0], "what is slower than dense is no choice"
+
+
+def test_noise_does_not_make_rows_out_of_order_cheaper(packed: Packed) -> None:
+    cost = in_time(packed, "down", 2, {0.3: -5.0, 0.6: 900.0})
+    assert cost.factor == 1
+    assert cost.added >= 0
+
+
+def test_dear_rows_count_where_two_kinds_meet(packed: Packed) -> None:
+    found = fits(packed, "gate", "down")
+    costs = {"gate": Cost(10.0, 1.5), "down": Cost(20.0, 2.0)}
+    c, of = packed.config, packed.formats
+    row, down = row_bytes(of.rows, c.hidden_size), row_bytes(of.down, c.hidden_size)
+    up, n = row if c.gated else 0, c.intermediate_size
+    for choice in choices(packed, found, weights(packed, "gate", "down"), costs):
+        for cost, s in zip(choice.cost, choice.settings, strict=True):
+            gated, fewer = s["gate"] < 1, s["down"] < 1
+            factor = 2.0 if fewer else 1.5 if gated else 1.0
+            wanted = n * (up * s["gate"] * (1.5 if gated else 1) + down * min(s["gate"], s["down"]) * factor)
+            assert cost == pytest.approx(wanted + 10 * gated + 20 * fewer)
