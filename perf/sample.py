@@ -1,9 +1,9 @@
 """Makes the sample text that `fewfire calibrate` uses by default: `python -m perf.sample --prose FILE ...`.
 
-About half of it is what the default model says by itself, at temperature 0.9, when it is given the openings below:
-stories, encyclopedic articles, dialogue, news, letters, recipes, mathematics, code, and answers in a chat: text that the
-model meets when it generates. But what a model says surprises it less than what people write, and a calibration on such
-text alone promises too much (perf/LOG.md, "a sample that people wrote"). So the other half are paragraphs of the files
+More than half of it is what the default model says by itself, at temperature 0.9, when it is given the openings below:
+stories, encyclopedic articles, dialogue, news, letters, recipes, mathematics, code, and answers in a chat. It is what
+the model meets when it generates. But what a model says surprises it less than what people write, and a calibration on
+such text alone promises too much (perf/LOG.md, "a sample that people wrote"). So the rest are paragraphs of the files
 given, evenly spaced, between the model's pieces. In the sample that ships they are from three texts in the public
 domain: the Jargon File 4.4.7 (Debian's jargon-text), the Constitution and the Declaration of Independence of the United
 States (Debian's miscfiles). The same model, format and seed on the same kind of CPU give the same text.
@@ -88,7 +88,7 @@ def openings(seed: int) -> list[tuple[str, bool]]:
 
 
 def paragraphs(path: Path, characters: int) -> list[str]:
-    """Paragraphs of prose from a text file, perhaps gzipped, each on one line; evenly spaced, about so many characters."""
+    """Paragraphs of prose from a text file, perhaps gzipped, one a line; evenly spaced, about so many characters."""
     opened = gzip.open if path.suffix in (".gz", ".dz") else open
     with opened(path, "rt", encoding="utf-8") as file:
         blocks = [" ".join(block.split()) for block in re.split(r"\n\s*\n", file.read())]
