@@ -88,8 +88,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "screen": ("screen",),
 }
 #: What is considered if no method is asked for. What one has, another need not repeat with less: each layer decides by
-#: itself whether a kind is worth its time there.
-_USUAL = ("gate+screen", "gate+down+o+screen", "lowrank+gate+down+screen", "magnitude+screen")
+#: itself whether a kind is worth its time there. See perf/LOG.md, "budgets are spread by time", for what is not here.
+_USUAL = ("gate+screen", "gate+down+o+screen")
 _USUAL_ZEROS = ("screen", "lowrank+screen", "lowrank+o+screen")  # of models that leave out zeros already
 _REUSE = re.compile(r"reuse-([1-9][0-9]{0,3})")
 
