@@ -154,7 +154,8 @@ def _window_nll(session: Session, tokens: list[int], decode: bool) -> float:
     total = 0.0
     for at in range(0, len(tokens) - 1, part):
         fed = tokens[at : min(at + part, len(tokens) - 1)]
-        total += float(token_nll(session.feed(fed, all_logits=True), tokens[at + 1 : at + 1 + len(fed)]).sum())
+        logits = session.feed(fed, all_logits=True, prompt=not decode)
+        total += float(token_nll(logits, tokens[at + 1 : at + 1 + len(fed)]).sum())
     return total
 
 

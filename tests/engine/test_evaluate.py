@@ -51,14 +51,16 @@ def test_decoding_reads_one_token_at_a_time():
     model, fed = Bigram(), []
 
     class Watched(ScriptedSession):
-        def feed(self, ids, *, all_logits=False):
-            fed.append(len(ids))
+        def feed(self, ids, *, all_logits=False, prompt=False):
+            fed.append((len(ids), prompt))
             return super().feed(ids, all_logits=all_logits)
 
     model.session = lambda: Watched(model)
     whole = perplexity(Bigram(), TEXT, window=20)
     assert perplexity(model, TEXT, window=20, decode=True).nll == pytest.approx(whole.nll)
-    assert set(fed) == {1}
+    assert set(fed) == {(1, False)}
+    assert perplexity(model, TEXT, window=2).nll
+    assert fed[-1] == (1, True)  # a window of two tokens has one to read, with all weights
 
 
 def test_parts_of_a_window_change_nothing(monkeypatch):
