@@ -176,7 +176,7 @@ class Engine:
             cache.keep(position, self._selection.window if self._selection else 1)
             self._team.run(
                 decode, self._model.record, self._layers.record, work.record, cache.record,
-                token, position, logits.ctypes.data, keep=(self, work, cache, logits),
+                token, position, logits.ctypes.data, keep=(self, self._model, self._layers, work, cache, logits),
             )  # fmt: skip
 
     def prefill(self, tokens: Sequence[int], position: int, cache: KVCache, logits: np.ndarray) -> None:
@@ -196,7 +196,7 @@ class Engine:
             batch = self._batch
             self._team.run(
                 prefill, self._model.record, self._layers.record, batch.record, cache.record,
-                ids, position, rows, out.ctypes.data, keep=(self, batch, cache, out),
+                ids, position, rows, out.ctypes.data, keep=(self, self._model, self._layers, batch, cache, out),
             )  # fmt: skip
         if out is not logits:
             logits[:] = out[rows - padding - len(logits) : rows - padding]
