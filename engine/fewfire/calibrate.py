@@ -44,16 +44,16 @@ def calibrate(
     method: one of `selectors.methods.METHODS`, or several joined with "+"; None: with a budget, whatever is fastest.
     density: the share of the bytes of the rows which the method may leave out that is to be read, on average, over 0
     and at most 1. budget: by how much perplexity may grow, 0.01 for 1 %. Exactly one of the two. text: sample text of
-    the user's.
+    the user's. The engine is borrowed meanwhile: sessions in other threads wait.
 
     Raises `ValueError` for an impossible option or a text that is too short, `FewfireError` if no setting keeps the
-    budget or the result cannot be written.
+    budget or the result cannot be written; the model then uses what it used before.
     """
     check(method, density, budget)
     store.check_writable(model.packed)
     name = "the default sample" if text is None else "text of the user's"
     work = Calibration(model, sample_text() if text is None else text, progress)
-    try:
+    with model.engine.borrowed():
         if density is not None:
             assert method is not None
             picked = work.adjusted(method, density, work.spread(method))
@@ -82,8 +82,6 @@ def calibrate(
         )
         selected = work.selection(chosen.method, chosen.densities)
         store.save(model.packed, selected, about)
-    finally:
-        model.engine.select(None, dense=True)
     work.notebook.remove()
     model.engine.select(selected)
     return about

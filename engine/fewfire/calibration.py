@@ -7,7 +7,7 @@ together spread a density over the parts of the model (`spread.py`). The rest of
 to, says what it costs in the end (`damage.py`).
 
 Promises that a killed calibration, made again, goes on where it stopped and comes to the same result. Uses the engine
-alone: no session may decode meanwhile, and what the engine selects is changed.
+alone, and changes what it selects: it is to be borrowed meanwhile (`Engine.borrowed`).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
@@ -153,6 +154,34 @@ def test_a_budget_that_nothing_keeps(model: Model) -> None:
     with mock.patch.object(Calibration, "within", return_value=None), pytest.raises(FewfireError, match="allow more"):
         calibrate(model, method="gate", budget=0.01, text=TEXT)
     assert store.about(model.packed) is None
+
+
+@pytest.mark.parametrize("before", ["calibrated", "exact"])
+def test_a_failed_calibration_leaves_the_model_as_it_was(before: str, packed_path: PackedPath, tmp_path: Path) -> None:
+    family = "llama-relu" if before == "exact" else "llama"
+    model = Model(open_packed(Path(shutil.copytree(packed_path(family, "q4"), tmp_path / "packed"))), 1)
+    if before == "calibrated":
+        calibrate(model, method="gate", density=0.4, text=TEXT)
+    expected, read = decoded(model), model.engine.neurons_read()
+    assert (read < model.config.intermediate_size).any()
+    failing = mock.patch.object(Calibration, "fastest", side_effect=KeyboardInterrupt)
+    with failing, pytest.raises(KeyboardInterrupt):
+        calibrate(model, method="down", density=0.9, text=TEXT)
+    np.testing.assert_array_equal(decoded(model), expected)
+    np.testing.assert_array_equal(model.engine.neurons_read(), read)
+
+
+def test_sessions_in_other_threads_wait_for_a_borrowed_engine(model: Model) -> None:
+    expected, found = decoded(model), list[np.ndarray]()
+    thread = threading.Thread(target=lambda: found.append(decoded(model)))
+    layers, neurons = model.config.num_hidden_layers, model.config.intermediate_size
+    with model.engine.borrowed():
+        model.engine.select(Selection("nothing", down=np.full((layers, neurons), np.inf, np.float32)))
+        thread.start()
+        assert (decoded(model) != expected).any()
+        assert not found
+    thread.join()
+    np.testing.assert_array_equal(found[0], expected)
 
 
 def test_a_killed_calibration_goes_on(model: Model, packed_path: PackedPath, tmp_path: Path) -> None:
