@@ -12,6 +12,7 @@ after every method, and what it has of the same model, engine and text is not me
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -193,21 +194,22 @@ def main(argv: list[str] | None = None) -> None:
     }  # fmt: skip
     before = _earlier(options.name, result)
     result["rows"], others = before.get("rows", []), before.get("used_by_others") or 0
-    for method in options.methods:
-        for spread in SPREADS if method in options.baselines else SPREADS[:1]:
-            densities = options.densities if spread == SPREADS[0] else [_AT]
-            there = {row["asked"] for row in result["rows"] if (row["method"], row["spread"]) == (method, spread)}
-            missing = [density for density in densities if density not in there]
-            try:
-                parse(method)
-                result["rows"] += bench.rows(method, missing, spread) if missing else []
-            except ValueError as error:  # does not apply to this model
-                result["absent"][method] = str(error)
-                print(f"absent: {method}: {error}", file=sys.stderr)
-                break
-            result["used_by_others"] = max(others, watch.others() or 0)
-            if missing and options.name != "-":
-                results.write(options.name, "methods", result)
+    with contextlib.closing(bench.work.notebook):
+        for method in options.methods:
+            for spread in SPREADS if method in options.baselines else SPREADS[:1]:
+                densities = options.densities if spread == SPREADS[0] else [_AT]
+                there = {row["asked"] for row in result["rows"] if (row["method"], row["spread"]) == (method, spread)}
+                missing = [density for density in densities if density not in there]
+                try:
+                    parse(method)
+                    result["rows"] += bench.rows(method, missing, spread) if missing else []
+                except ValueError as error:  # does not apply to this model
+                    result["absent"][method] = str(error)
+                    print(f"absent: {method}: {error}", file=sys.stderr)
+                    break
+                result["used_by_others"] = max(others, watch.others() or 0)
+                if missing and options.name != "-":
+                    results.write(options.name, "methods", result)
     print(details_table(result))
     results.finish(options.name, "methods", result)
 

@@ -44,7 +44,7 @@ def calibrate(
     the user's.
 
     Raises `ValueError` for an impossible option or a text that is too short, `FewfireError` if no setting keeps the
-    budget or the result cannot be written.
+    budget, the model is being calibrated already, or the result cannot be written.
     """
     check(method, density, budget)
     store.check_writable(model.packed)
@@ -74,9 +74,10 @@ def calibrate(
         )
         selected = work.selection(chosen.method, chosen.densities)
         store.save(model.packed, selected, about)
+        work.notebook.remove()
     finally:
         model.engine.select(None, dense=True)
-    work.notebook.remove()
+        work.notebook.close()
     model.engine.select(selected)
     return about
 

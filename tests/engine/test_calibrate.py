@@ -102,6 +102,19 @@ def test_a_killed_calibration_goes_on(model: Model, packed_path: PackedPath, tmp
     assert (about.densities, about.growth) == (other.densities, other.growth)
 
 
+def test_two_at_a_time(model: Model) -> None:
+    work = Calibration(model, TEXT)
+    with pytest.raises(FewfireError, match="is being calibrated already"):
+        calibrate(model, method="gate", density=0.5, text=TEXT)
+    work.notebook.close()
+    calibrate(model, method="gate", density=0.5, text=TEXT)
+    with pytest.raises(ValueError, match="unknown method"):
+        Calibration(model, TEXT).fit(["magic"])
+    with mock.patch.object(Calibration, "spread", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt) as _:
+        calibrate(model, method="gate", density=0.5, text=TEXT)
+    Calibration(model, TEXT)  # what was interrupted holds nothing, though its traceback is still there
+
+
 def test_the_head_is_fitted_when_all_layers_were_seen(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def fit(packed: Packed, sample: Observation) -> dict[str, np.ndarray]:
         return {"densities": np.array([0.5, 1.0]), "errors": np.array([0.1, 0.0]), "final": sample.final[0]}
@@ -114,6 +127,7 @@ def test_the_head_is_fitted_when_all_layers_were_seen(model: Model, monkeypatch:
     assert found["final"].shape == (model.config.hidden_size,)
     assert work.weights("screen") == [1.0]
     assert len(work.fits("gate")) == len(work.fits("down")) == model.config.num_hidden_layers
+    work.notebook.close()
     again = Calibration(model, TEXT)
     with mock.patch.object(calibration, "Observation", side_effect=AssertionError("all is in the notebook")):
         again.fit(["gate+screen"])
