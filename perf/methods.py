@@ -5,8 +5,9 @@ token by token beside the dense model; its speed is measured with all its densit
 density is the share that the kernels read of what a method may leave out, with predictors and screens counted. Two
 other ways to spread a density over the layers stand beside ours for some methods (`--baselines`).
 
-The packed model's directory must be writable: fits are kept there, as in `fewfire calibrate`. The result is written
-after every method, and what it has of the same model, engine and text is not measured again.
+The packed model's directory must be writable: what was fitted and tried is kept there for a week, as in `fewfire
+calibrate`, for an engine of the same sources. The result is written after every method, and what it has of the same
+model, engine and text is not measured again.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from fewfire.damage import Damage, Dense
 from fewfire.notebook import Notebook
 from fewfire.observe import Observation
 from fewfire.progress import Progress, silent
+from fewfire.revision import revision
 from fewfire.selectors import store
 from fewfire.selectors.choices import Cost, choices, governed_bytes, in_bytes, in_time
 from fewfire.selectors.fits import Fit
@@ -82,7 +83,7 @@ class Calibration:
         held = max(1, round(_HELD * len(cut)))
         self.fitted, self.held = cut[:-held], cut[-held:]
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        key = [store.VERSION, store.model_digest(model.packed), digest, model.context, model.threads]
+        key = [revision(), store.model_digest(model.packed), digest, model.context, model.threads]
         self.notebook = Notebook(model.packed.path, key)
         self._fits: dict[str, list[Fit]] = {}
         self._said: dict[str, Dense] = {}

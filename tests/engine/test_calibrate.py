@@ -102,6 +102,16 @@ def test_a_killed_calibration_goes_on(model: Model, packed_path: PackedPath, tmp
     assert (about.densities, about.growth) == (other.densities, other.growth)
 
 
+def test_what_another_engine_has_found_is_found_anew(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    for revision, fitted in (("one", 3), ("one", 0), ("another", 3)):
+        monkeypatch.setattr(calibration, "revision", lambda revision=revision: revision)
+        work, fit = Calibration(model, TEXT), mock.Mock(side_effect=KINDS["gate"].fit)
+        with mock.patch.dict(KINDS, gate=KINDS["gate"]._replace(fit=fit)):
+            work.fits("gate")
+        assert fit.call_count == fitted
+        work.notebook.close()
+
+
 def test_two_at_a_time(model: Model) -> None:
     work = Calibration(model, TEXT)
     with pytest.raises(FewfireError, match="is being calibrated already"):
