@@ -152,8 +152,9 @@ def _conflict(kinds: Sequence[str], windows: Sequence[int]) -> str:
 def selection(
     packed: Packed, method: Method, fits: Mapping[str, Sequence[Fit]], densities: Mapping[str, Sequence[float]]
 ) -> Selection:
-    """The selection that keeps, of each kind, the given share in each layer."""
-    parts: dict[str, Any] = {KINDS[k].field: KINDS[k].fill(packed, fits[k], d) for k, d in densities.items()}
+    """The selection that keeps, of each kind, the given share in each layer; a kind that keeps all is not in it."""
+    some = {kind: shares for kind, shares in densities.items() if min(shares) < 1}
+    parts: dict[str, Any] = {KINDS[k].field: KINDS[k].fill(packed, fits[k], d) for k, d in some.items()}
     return Selection(method.name, window=method.window, **parts)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 
+from fewfire.packed import Packed
 from fewfire.selectors import methods
+from fewfire.selectors.fits import Fit
 from fewfire.selectors.methods import KINDS, METHODS, Kind, Method, parse
 
 
@@ -65,6 +69,17 @@ def test_a_selection_has_the_parts_of_its_kinds(monkeypatch: pytest.MonkeyPatch)
     found = methods.selection(None, parse("gate+reuse-4"), {"gate": ["a", "b"]}, {"gate": [0.5, 1.0]})  # type: ignore[arg-type, list-item]
     assert (found.method, found.window, found.gate) == ("gate+reuse-4", 4, (["a", "b"], [0.5, 1.0]))
     assert Method("gate", ("gate",)).window == 1
+
+
+def test_a_kind_that_keeps_all_is_not_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Testing neurons of which none is dropped costs time."""
+    monkeypatch.setitem(KINDS, "gate", KINDS["gate"]._replace(fill=lambda packed, fits, densities: (fits, densities)))
+    packed, fits = cast("Packed", None), {"gate": list[Fit](), "down": list[Fit]()}
+    found = methods.selection(packed, parse("gate+down"), fits, {"gate": [1.0, 1.0], "down": [1.0, 1.0]})
+    assert found.gate is None
+    assert found.down is None
+    found = methods.selection(packed, parse("gate"), fits, {"gate": [1.0, 0.9]})
+    assert found.gate == ([], [1.0, 0.9])
 
 
 def test_missed() -> None:
