@@ -117,7 +117,6 @@ def compare(
     with engine.borrowed():
         engine.select(None, dense=True)
         dense = damage.observe_dense(model, cut, progress)
-        dense_bytes = engine.bytes_read()
     found = damage.measure(model, cut, dense, progress, f"measuring {method}")
     nll = -float(dense.target.mean())
     return Comparison(
@@ -135,7 +134,7 @@ def compare(
         agreement_error=found.error_of(found.agree),
         tokens=len(found.kl),
         bytes_per_token=found.bytes_per_token,
-        dense_bytes_per_token=dense_bytes,
+        dense_bytes_per_token=model.packed.bytes_per_token(),
         tokens_per_second=1 / float(found.seconds.mean()),
         dense_tokens_per_second=1 / float(dense.seconds.mean()),
     )

@@ -119,9 +119,8 @@ class Blurred(Bigram):
     def __init__(self, **options):
         super().__init__(**options)
         self.selected = True
-        self.engine = SimpleNamespace(
-            method="blur", borrowed=self.borrowed, select=self.select, bytes_read=lambda: 60 if self.selected else 100
-        )
+        self.bytes_read = 60
+        self.engine = SimpleNamespace(method="blur", borrowed=self.borrowed, select=self.select)
 
     @contextlib.contextmanager
     def borrowed(self):
