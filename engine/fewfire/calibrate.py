@@ -15,15 +15,18 @@ from fewfire.calibration import Calibration, Trial
 from fewfire.errors import FewfireError
 from fewfire.progress import Progress, silent
 from fewfire.selectors import store
-from fewfire.selectors.methods import USUAL, missed, parse
+from fewfire.selectors.methods import missed, parse, usual
 from fewfire.selectors.store import About
 
 if TYPE_CHECKING:
     from fewfire.model import Model
 
 
+_TRIED = 2  # methods, of those that a budget may be kept with
+
+
 def sample_text() -> str:
-    """The default sample: what the default model says by itself, given all sorts of beginnings (perf/sample.py)."""
+    """The default sample: what the default model says by itself, between text that people wrote (perf/sample.py)."""
     return (Path(__file__).parent / "sample.txt").read_text(encoding="utf-8")
 
 
@@ -57,8 +60,13 @@ def calibrate(
             trials = [work.trial(method, picked, work.scored, f"measuring {method}")]
         else:
             assert budget is not None
-            trials = _within_budget(work, (method,) if method else USUAL, budget)
-        best, speedup = work.fastest(trials)
+            trials = _within_budget(work, (method,) if method else usual(model.packed), budget)
+        best, speedup, gain = work.fastest(trials)
+        if budget is not None and gain <= 1:
+            raise FewfireError(
+                f"nothing that keeps perplexity within {100 * budget:g} % is faster than no calibration: the best, "
+                f"{trials[best].method}, is {gain:.2f} times as fast; allow more"
+            )
         chosen, asked = trials[best], {"density": density} if density is not None else {"budget": budget}
         about = About(
             method=chosen.method,
@@ -95,8 +103,8 @@ def check(method: str | None, density: float | None, budget: float | None) -> No
 
 def _within_budget(work: Calibration, methods: Sequence[str], budget: float) -> list[Trial]:
     """For each method the setting that should be fastest and keeps the budget; those that have none are left out."""
-    work.fit(methods)
     found, start = list[Trial](), math.log1p(budget)
+    methods = work.likely(methods, start)[:_TRIED]
     for number, method in enumerate(methods, start=1):
         best = work.within(budget, method, start, f"trying {method} ({number} of {len(methods)})")
         if best is not None:
