@@ -5,28 +5,29 @@ token by token beside the dense model; its speed is measured with all its densit
 density is the share that the kernels read of what a method may leave out, with predictors and screens counted. Two
 other ways to spread a density over the layers stand beside ours for some methods (`--baselines`).
 
-The packed model's directory must be writable: fits are kept there, as in `fewfire calibrate`. The result is written
-after every method, and what it has of the same model, engine and text is not measured again.
+The packed model's directory must be writable: what was fitted and tried is kept there for a week, as in `fewfire
+calibrate`, for an engine of the same sources. The result is written after every method, and what it has of the same
+model, engine and text is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import fewfire
-from fewfire import damage, timing
+from fewfire import timing
 from fewfire.calibrate import sample_text
-from fewfire.calibration import Calibration, Densities
-from fewfire.damage import Dense
+from fewfire.calibration import Calibration
 from fewfire.selectors import store
-from fewfire.selectors.methods import missed, parse
+from fewfire.selectors.methods import parse
 from fewfire.team import default_threads
+from fewfire.tradeoff import Judge, Point
 from fewfire.windows import windows
 from perf import machine, results
 from perf.spread import rounded
@@ -65,55 +66,41 @@ class Bench:
 
     def __init__(self, source: str, text: str, tokens: int, threads: int) -> None:
         self.model = fewfire.load(source, threads=threads, dense=True)
-        self.work = Calibration(self.model, sample_text(), self._progress)
+        self.work = Calibration(self.model, sample_text(), _progress)
         cut = windows(self.model.tokenizer, self.model.config, text, min(_WINDOW, self.model.context), tokens)
-        self.cut, self.scored = cut, sum(len(window) - 1 for window in cut)
-        self._said: Dense | None = None
-        self._doing = ""
-
-    def _progress(self, stage: str, done: int, total: int) -> None:
-        say(f"{self._doing}: {stage} ({done} of {total})")
-
-    @property
-    def dense(self) -> Dense:
-        """What the dense model says about the text, once for all methods."""
-        if self._said is None:
-            self._doing = "dense"
-            self.model.engine.select(None, dense=True)
-            self._said = damage.observe_dense(self.model, self.cut, self._progress)
-        return self._said
+        self.judge = Judge(self.work, cut)
 
     def rows(self, method: str, densities: Sequence[float], spread: str) -> list[Row]:
         """One method with one way to spread it, at several densities. Raises `ValueError` if it cannot be used."""
-        self._doing, dense = method, self.dense
-        pick = getattr(self.work, spread)(method)
-        picked = [self.work.adjusted(method, density, pick) for density in densities]
-        found = [self._row(method, each, dense) for each in picked]
-        selections = [self.work.selection(method, each) for each in picked]
-        base, *seconds = timing.side_by_side(self.model, [None, *selections], self.cut[0], self._progress)
+        points = self.judge.points(method, densities, getattr(self.work, spread)(method))
+        selections = [self.work.selection(method, point.densities) for point in points]
+        base, *seconds = timing.side_by_side(self.model, [None, *selections], self.judge.windows[0], _progress)
         say("")
         return [
-            {"method": method, "spread": spread, "asked": asked}
-            | row
-            | {"tokens_per_second": rounded(1 / each), "dense_tokens_per_second": rounded(1 / base),
+            _row(point)
+            | {"spread": spread, "tokens_per_second": rounded(1 / each), "dense_tokens_per_second": rounded(1 / base),
                "speedup": rounded(base / each)}
-            for asked, row, each in zip(densities, found, seconds, strict=True)
+            for point, each in zip(points, seconds, strict=True)
         ]  # fmt: skip
 
-    def _row(self, method: str, picked: Densities, dense: Dense) -> Row:
-        """What a setting does to the predictions."""
-        self.model.engine.select(self.work.selection(method, picked))
-        found = damage.measure(self.model, self.cut, dense, self._progress)
-        bound = missed({kind: self.work.fits(kind) for kind in picked}, picked)
-        return {
-            "density": rounded(self.work.density(method, found.bytes_per_token)),
-            "kept": {kind: rounded(sum(each) / len(each)) for kind, each in picked.items()},
-            "growth_percent": rounded(100 * found.growth),
-            "error_percent": rounded(100 * found.error) if math.isfinite(found.error) else None,
-            "kl": rounded(float(found.kl.mean())),
-            "agreement": rounded(float(found.agree.mean())),
-            "megabytes_per_token": rounded(found.bytes_per_token / 1e6),
-        } | ({} if bound is None else {"missed_bound": rounded(bound)})
+
+def _progress(stage: str, done: int, total: int) -> None:
+    say(f"{stage} ({done} of {total})")
+
+
+def _row(point: Point) -> Row:
+    """What a setting does to the predictions."""
+    return {
+        "method": point.method,
+        "asked": point.asked,
+        "density": rounded(point.density),
+        "kept": {kind: rounded(sum(each) / len(each)) for kind, each in point.densities.items()},
+        "growth_percent": rounded(100 * point.growth),
+        "error_percent": None if point.growth_error is None else rounded(100 * point.growth_error),
+        "kl": rounded(point.kl),
+        "agreement": rounded(point.agreement),
+        "megabytes_per_token": rounded(point.bytes_per_token / 1e6),
+    } | ({} if point.missed is None else {"missed_bound": rounded(point.missed)})
 
 
 def methods_table(result: dict[str, Any]) -> str:
@@ -185,29 +172,30 @@ def main(argv: list[str] | None = None) -> None:
         "threads": model.threads,
         "text": options.text.name,
         "part": options.part,
-        "scored": bench.scored,
-        "dense": {"perplexity": rounded(math.exp(-float(bench.dense.target.mean()))),
+        "scored": bench.judge.tokens,
+        "dense": {"perplexity": rounded(bench.judge.perplexity),
                   "megabytes_per_token": rounded(model.packed.bytes_per_token() / 1e6)},
         "rows": [],
         "absent": {},
     }  # fmt: skip
     before = _earlier(options.name, result)
     result["rows"], others = before.get("rows", []), before.get("used_by_others") or 0
-    for method in options.methods:
-        for spread in SPREADS if method in options.baselines else SPREADS[:1]:
-            densities = options.densities if spread == SPREADS[0] else [_AT]
-            there = {row["asked"] for row in result["rows"] if (row["method"], row["spread"]) == (method, spread)}
-            missing = [density for density in densities if density not in there]
-            try:
-                parse(method)
-                result["rows"] += bench.rows(method, missing, spread) if missing else []
-            except ValueError as error:  # does not apply to this model
-                result["absent"][method] = str(error)
-                print(f"absent: {method}: {error}", file=sys.stderr)
-                break
-            result["used_by_others"] = max(others, watch.others() or 0)
-            if missing and options.name != "-":
-                results.write(options.name, "methods", result)
+    with contextlib.closing(bench.work.notebook):
+        for method in options.methods:
+            for spread in SPREADS if method in options.baselines else SPREADS[:1]:
+                densities = options.densities if spread == SPREADS[0] else [_AT]
+                there = {row["asked"] for row in result["rows"] if (row["method"], row["spread"]) == (method, spread)}
+                missing = [density for density in densities if density not in there]
+                try:
+                    parse(method)
+                    result["rows"] += bench.rows(method, missing, spread) if missing else []
+                except ValueError as error:  # does not apply to this model
+                    result["absent"][method] = str(error)
+                    print(f"absent: {method}: {error}", file=sys.stderr)
+                    break
+                result["used_by_others"] = max(others, watch.others() or 0)
+                if missing and options.name != "-":
+                    results.write(options.name, "methods", result)
     print(details_table(result))
     results.finish(options.name, "methods", result)
 

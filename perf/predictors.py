@@ -2,8 +2,8 @@
 
 A part of the text (`--part`) goes through a packed model in NumPy, and in some layers predictors are fitted to three
 quarters of it. The rest says what each loses at a density, and how many of the neurons it finds that the exact
-selection of the same density keeps (the largest |h| by what down makes of them). "regression" is the fit before it is
-refined; "gate" knows the gates exactly, but has read all gate rows.
+selection of the same density keeps (the largest |h| by what down makes of them). "guess" is the fit before it is
+refined, `scores.guessed`; "gate" knows the gates exactly, but has read all gate rows.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def contenders(hidden: int, ranks: list[int]) -> dict[str, Fitter]:
     """What is compared, by name."""
     usual = lowrank.rank_of(hidden)
     found: dict[str, Fitter] = {f"rank {r}": partial(lowrank.fit, rank=r) for r in [*ranks, hidden]}
-    found[f"rank {usual}, regression"] = _unrefined
+    found[f"rank {usual}, guess"] = _guess
     for rank in dict.fromkeys([usual, 2 * usual]):
         found[f"rank {rank}, early"] = partial(lowrank.fit, rank=rank, early=True)
     return found | {"router": router.fit}
 
 
-def _unrefined(packed: Packed, layer: Layer) -> Fit:
-    with patch.object(lowrank, "refined", partial(scores.refined, steps=2)):  # the second is the first one that counts
+def _guess(packed: Packed, layer: Layer) -> Fit:
+    with patch.object(lowrank, "refined", lambda start, *_: start):
         return lowrank.fit(packed, layer)
 
 

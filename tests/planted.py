@@ -6,14 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from fewfire.config import ModelConfig, Rope
+from fewfire import reference
+from fewfire.config import Activation, ModelConfig, Rope
 from fewfire.observe import Layer
 from fewfire.packed import Packed
 
 HIDDEN, NEURONS = 128, 200
+THRESHOLD = 1.5  # of FATReLU
 
 
-def packed(weights: str = "f32", act: str = "silu", neurons: int = NEURONS) -> Packed:
+def packed(weights: str = "f32", act: Activation = "silu", neurons: int = NEURONS) -> Packed:
     """A packed model without any weights: what fitting asks it for is its config and its formats."""
     config = ModelConfig(
         "planted",
@@ -25,16 +27,17 @@ def packed(weights: str = "f32", act: str = "silu", neurons: int = NEURONS) -> P
         2,
         64,
         256,
-        hidden_act="silu" if act == "silu" else "relu",
+        hidden_act=act,
+        act_threshold=THRESHOLD if act == "fatrelu" else 0.0,
         rope=Rope(1e4),
     )
     return Packed(Path("planted"), "planted", config, weights, {})
 
 
 def layer(
-    random: np.random.Generator, act: str = "silu", tokens: int = 2048, rank: int = 8, neurons: int = NEURONS
+    random: np.random.Generator, act: Activation = "silu", tokens: int = 2048, rank: int = 8, neurons: int = NEURONS
 ) -> Layer:
-    """Gates of a rank, on inputs that differ a lot in size; with ReLU a fifth of the neurons fires."""
+    """Gates of a rank, on inputs that differ a lot in size; with ReLU, whose gates have a bias, a fifth fires."""
 
     def normal(*shape: int) -> np.ndarray:
         return random.standard_normal(shape, np.float32)
@@ -42,10 +45,12 @@ def layer(
     sizes = np.geomspace(0.2, 3, HIDDEN).astype(np.float32)
     x = normal(tokens, HIDDEN) * sizes + 1
     gate = normal(neurons, rank) @ normal(rank, HIDDEN) / np.float32((rank * HIDDEN) ** 0.5)
-    seen = x @ gate.T
-    shift = np.quantile(seen, 0.8, axis=0).astype(np.float32) if act == "relu" else np.float32(0)
-    activated = np.maximum(seen - shift, 0) if act == "relu" else seen / (1 + np.exp(-seen))
-    up = normal(tokens, neurons)
     tensors = {"gate.weight": gate, "down.weight": normal(HIDDEN, neurons)}
+    config = packed(act=act, neurons=neurons).config
+    if act != "silu":
+        shift = np.quantile(x @ gate.T, 0.8, axis=0).astype(np.float32)
+        tensors["gate.bias"] = np.float32(config.act_threshold) - shift
+    activated = reference.activate(config, reference.linear(tensors, "gate", x))
+    up = normal(tokens, neurons)
     early = x + normal(tokens, HIDDEN) * sizes / 2
     return Layer(0, early, x, x, activated, up, activated * up, normal(tokens, HIDDEN), tensors)

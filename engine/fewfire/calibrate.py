@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,13 +48,13 @@ def calibrate(
     the user's. The engine is borrowed meanwhile: sessions in other threads wait.
 
     Raises `ValueError` for an impossible option or a text that is too short, `FewfireError` if no setting keeps the
-    budget or the result cannot be written; the model then uses what it used before.
+    budget, the model is being calibrated already, or the result cannot be written; it then uses what it used before.
     """
     check(method, density, budget)
     store.check_writable(model.packed)
     name = "the default sample" if text is None else "text of the user's"
     work = Calibration(model, sample_text() if text is None else text, progress)
-    with model.engine.borrowed():
+    with closing(work.notebook), model.engine.borrowed():
         if density is not None:
             assert method is not None
             picked = work.adjusted(method, density, work.spread(method))
@@ -82,7 +83,7 @@ def calibrate(
         )
         selected = work.selection(chosen.method, chosen.densities)
         store.save(model.packed, selected, about)
-    work.notebook.remove()
+        work.notebook.remove()
     model.engine.select(selected)
     return about
 

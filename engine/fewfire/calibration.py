@@ -27,12 +27,13 @@ from fewfire.damage import Damage, Dense
 from fewfire.notebook import Notebook
 from fewfire.observe import Observation
 from fewfire.progress import Progress, silent
+from fewfire.revision import revision
 from fewfire.selectors import store
 from fewfire.selectors.choices import Cost, choices, governed_bytes, in_bytes, in_time
 from fewfire.selectors.fits import Fit
 from fewfire.selectors.methods import KINDS, Method, parse, selection
 from fewfire.selectors.selection import Selection
-from fewfire.windows import windows
+from fewfire.windows import some, windows
 
 if TYPE_CHECKING:
     from fewfire.model import Model
@@ -91,7 +92,7 @@ class Calibration:
         held = max(1, round(_HELD * len(cut)))
         self.fitted, self.held = cut[:-held], cut[-held:]
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        key = [store.VERSION, store.model_digest(model.packed), digest, model.context, model.threads]
+        key = [revision(), store.model_digest(model.packed), digest, model.context, model.threads]
         self.notebook = Notebook(model.packed.path, key)
         self._fits: dict[str, list[Fit]] = {}
         self._said: dict[str, Dense] = {}
@@ -138,7 +139,7 @@ class Calibration:
         if missing:
             c = self.packed.config
             each = 4 * (4 * c.intermediate_size + 6 * c.hidden_size)  # bytes that a token takes in a layer
-            sample = Observation(self.packed, _some(self.fitted, min(_FITTED, _OBSERVED_BYTES // each)), self.progress)
+            sample = Observation(self.packed, some(self.fitted, min(_FITTED, _OBSERVED_BYTES // each)), self.progress)
             heads = [kind for kind in kinds if KINDS[kind].part == "head"]
             for layer in sample:
                 for kind in kinds:
@@ -161,7 +162,7 @@ class Calibration:
         middle = fits[count // 2]
         density = _PROBE_DENSITY * float(middle.get("firing", 1.0))  # what is zero anyway does no damage
         level = float(np.interp(density, middle["densities"], middle["errors"]))
-        found, cut = list[float](), _some(self.fitted, tokens)
+        found, cut = list[float](), some(self.fitted, tokens)
         dense = self._dense(f"dense-probe-{tokens}", cut)
         for number, group in enumerate(groups):
             picked = [_density_for(fit, level) if i in group else 1.0 for i, fit in enumerate(fits)]
@@ -185,7 +186,7 @@ class Calibration:
         """Measures a setting on about so many tokens of the held-out part."""
 
         def compute() -> dict[str, Any]:
-            cut = _some(self.held, tokens)
+            cut = some(self.held, tokens)
             dense = self._dense(f"dense-held-{tokens}", cut)
             self.model.engine.select(self.selection(method, densities))
             return _summary(damage.measure(self.model, cut, dense, self.progress, stage))
@@ -316,15 +317,6 @@ def _summary(found: Damage) -> dict[str, Any]:
 
 def _digest(densities: Densities) -> str:
     return hashlib.sha256(repr(sorted(densities.items())).encode()).hexdigest()[:16]
-
-
-def _some(cut: Sequence[list[int]], tokens: int) -> list[list[int]]:
-    """About so many tokens of the windows, whole windows from all over the text as far as possible."""
-    size = max(len(window) for window in cut)
-    if tokens < size:
-        return [cut[len(cut) // 2][:tokens]]
-    count = min(len(cut), tokens // size)
-    return [cut[i * len(cut) // count] for i in range(count)]
 
 
 def _density_for(fit: Fit, error: float) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -81,7 +82,7 @@ def _write(checkpoint: Checkpoint, directory: Path, weights: str, progress: Prog
     contents = packed.arrays(config, weights)
     first, offsets = packed.header(contents)
     last = offsets[list(contents)[-1]] + contents[list(contents)[-1]].nbytes
-    total, done = last, 0
+    total, done, digest = last, 0, hashlib.sha256()
     tokenizer, template = checkpoint.tokenizer_json(), checkpoint.chat_template()  # fail before the long part
     with (directory / WEIGHTS).open("wb") as file:
         file.write(first)
@@ -90,13 +91,15 @@ def _write(checkpoint: Checkpoint, directory: Path, weights: str, progress: Prog
             for rows in _rows(checkpoint, config, array_name, weights):
                 assert rows.dtype == array.dtype
                 file.write(rows.data)  # and not rows.tofile, whose errors do not say what the system said
+                digest.update(rows.data)
                 done += rows.nbytes
                 progress(f"packing {name} as {weights}", done, total)
         _fill(file, last + packed.PAGE - last % packed.PAGE)
     (directory / TOKENIZER).write_text(tokenizer, encoding="utf-8")
     if template is not None:
         (directory / TEMPLATE).write_text(template, encoding="utf-8")
-    (directory / DESCRIPTION).write_text(packed.describe(name, weights, config), encoding="utf-8")
+    description = packed.describe(name, weights, config, digest.hexdigest())
+    (directory / DESCRIPTION).write_text(description, encoding="utf-8")
     progress(f"packing {name} as {weights}", total, total)
 
 

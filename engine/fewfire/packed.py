@@ -2,8 +2,8 @@
 
 `fewfire.json` describes it, `weights.safetensors` holds the arrays that `arrays` lists, each beginning on a page,
 `tokenizer.json` and `chat_template.jinja` come from the checkpoint. Opening one checks the description against its own
-digest and against the file's header and size, so a truncated or mismatched model is refused before the first token; the
-weights themselves have no checksum, which would read them all.
+digest and against the file's header and size, so a truncated or mismatched model is refused before the first token.
+The digest of the weights, taken while packing, tells models apart; opening does not check it: it would read them all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fewfire.config import ModelConfig
 from fewfire.errors import CheckpointError
 from fewfire.quantize import row_bytes
 
-VERSION = 4
+VERSION = 5
 DESCRIPTION, WEIGHTS, TOKENIZER, TEMPLATE = (
     "fewfire.json",
     "weights.safetensors",
@@ -144,9 +144,9 @@ def header(contents: dict[str, Array]) -> tuple[bytes, dict[str, int]]:
     return len(text).to_bytes(8, "little") + text, {name: begin + offset for name, offset in offsets.items()}
 
 
-def describe(name: str, weights: str, config: ModelConfig) -> str:
-    """The text of `fewfire.json`; its digest shows damage that is still JSON."""
-    content = {"version": VERSION, "name": name, "weights": weights, "config": config.to_dict()}
+def describe(name: str, weights: str, config: ModelConfig, contents: str) -> str:
+    """The text of `fewfire.json`; its digest shows damage that is still JSON. contents: a digest of all arrays."""
+    content = {"version": VERSION, "name": name, "weights": weights, "config": config.to_dict(), "contents": contents}
     return json.dumps({**content, "digest": _digest(content)}, indent=1) + "\n"
 
 

@@ -35,3 +35,12 @@ def cut_tokens(ids: Sequence[int], size: int, bos: int | None = None) -> list[li
     step = size - len(first)
     cut = [[*first, *ids[at : at + step]] for at in range(0, len(ids), step)]
     return [window for window in cut if len(window) > 1]
+
+
+def some(cut: Sequence[list[int]], tokens: int) -> list[list[int]]:
+    """About so many tokens of the windows, whole windows from all over the text as far as possible."""
+    size = max(len(window) for window in cut)
+    if tokens < size:
+        return [cut[len(cut) // 2][:tokens]]
+    count = min(len(cut), tokens // size)
+    return [cut[i * len(cut) // count] for i in range(count)]

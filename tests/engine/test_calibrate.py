@@ -205,6 +205,29 @@ def test_a_killed_calibration_goes_on(model: Model, packed_path: PackedPath, tmp
     assert (about.densities, about.growth) == (other.densities, other.growth)
 
 
+def test_what_another_engine_has_found_is_found_anew(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    for revision, fitted in (("one", 3), ("one", 0), ("another", 3)):
+        monkeypatch.setattr(calibration, "revision", lambda revision=revision: revision)
+        work, fit = Calibration(model, TEXT), mock.Mock(side_effect=KINDS["gate"].fit)
+        with mock.patch.dict(KINDS, gate=KINDS["gate"]._replace(fit=fit)):
+            work.fits("gate")
+        assert fit.call_count == fitted
+        work.notebook.close()
+
+
+def test_two_at_a_time(model: Model) -> None:
+    work = Calibration(model, TEXT)
+    with pytest.raises(FewfireError, match="is being calibrated already"):
+        calibrate(model, method="gate", density=0.5, text=TEXT)
+    work.notebook.close()
+    calibrate(model, method="gate", density=0.5, text=TEXT)
+    with pytest.raises(ValueError, match="unknown method"):
+        Calibration(model, TEXT).fit(["magic"])
+    with mock.patch.object(Calibration, "spread", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt) as _:
+        calibrate(model, method="gate", density=0.5, text=TEXT)
+    Calibration(model, TEXT)  # what was interrupted holds nothing, though its traceback is still there
+
+
 def test_the_head_is_fitted_when_all_layers_were_seen(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def fit(packed: Packed, sample: Observation) -> dict[str, np.ndarray]:
         return {"densities": np.array([0.5, 1.0]), "errors": np.array([0.1, 0.0]), "final": sample.final[0]}
@@ -217,6 +240,7 @@ def test_the_head_is_fitted_when_all_layers_were_seen(model: Model, monkeypatch:
     assert found["final"].shape == (model.config.hidden_size,)
     assert work.weights("screen") == [1.0]
     assert len(work.fits("gate")) == len(work.fits("down")) == model.config.num_hidden_layers
+    work.notebook.close()
     again = Calibration(model, TEXT)
     with mock.patch.object(calibration, "Observation", side_effect=AssertionError("all is in the notebook")):
         again.fit(["gate+screen"])

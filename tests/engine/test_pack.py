@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -75,6 +76,14 @@ def test_what_else_is_in_it(tiny_path: Callable[[str], Path], tmp_path: Path) ->
     assert open_packed(pack(source, tmp_path / "unnamed")).name == source.name
     assert json.loads((out / TOKENIZER).read_text()) == json.loads(tiny_tokenizer())
     assert (out / TEMPLATE).read_text() == CHATML
+
+
+def test_the_digest_is_that_of_all_weights(packed_path: Callable[[str, str], Path]) -> None:
+    for family, weights in (("gemma3", "q4"), ("opt", "f32")):
+        opened = open_packed(packed_path(family, weights))
+        everything = b"".join(array.tobytes() for array in opened.arrays.values())
+        contents = json.loads((opened.path / DESCRIPTION).read_text())["contents"]
+        assert contents == hashlib.sha256(everything).hexdigest()
 
 
 def test_no_chat_template(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_a_description_cut_anywhere(model: Path) -> None:
         refused(model, DESCRIPTION)
 
 
-@pytest.mark.parametrize("field", ["version", "name", "weights", "config"])
+@pytest.mark.parametrize("field", ["version", "name", "weights", "config", "contents"])
 def test_a_missing_field(model: Path, field: str) -> None:
     change(model, lambda d: d.pop(field))
     refused(model)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fewfire import reference
 from fewfire.observe import Layer
 from fewfire.packed import Packed
 from fewfire.quantize import decode, encode
@@ -35,7 +36,9 @@ def fit(packed: Packed, layer: Layer, *, rank: int | None = None, early: bool = 
     inputs, form = layer.attn_in if early else layer.ffn_in, packed.formats.rows
     rank = rank_of(inputs.shape[1]) if rank is None else rank
     held = held_out(len(inputs))
-    seen = layer.ffn_in[~held] @ layer.tensors["gate.weight"].T
+    config = packed.config
+    seen = reference.linear(layer.tensors, "gate", layer.ffn_in[~held])
+    seen -= np.float32(config.act_threshold if config.hidden_act == "fatrelu" else 0)  # over 0, a neuron fires
     functions = reduced_rank(inputs[~held], seen, rank)
     # Scores are only compared with each other, so all may be scaled, and float16 scales are most exact around 1.
     size = np.sqrt(np.square(functions).sum() / np.float32(rank))

@@ -143,7 +143,8 @@ def about(packed: Packed) -> About | None:
 
 
 def model_digest(packed: Packed) -> str:
-    """Tells packed models apart: their description, the size of the weights, and samples of every array."""
+    """Tells packed models apart: by their description, which has a digest of all weights, and to see that these are
+    still the weights that it describes, by their size and samples of every array."""
     found = hashlib.sha256((packed.path / DESCRIPTION).read_bytes())
     found.update(str((packed.path / WEIGHTS).stat().st_size).encode())
     found.update(_digest(packed.arrays, whole=False).encode())

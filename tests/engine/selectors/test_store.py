@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fewfire import quantize
 from fewfire.errors import CheckpointError, FewfireError
+from fewfire.pack import pack
 from fewfire.packed import Packed, open_packed
 from fewfire.selectors import Columns, Predictor, Screen, Selection, store
 from fewfire.selectors.store import About
@@ -222,8 +224,20 @@ def test_another_model(packed: Packed, packed_path: PackedPath, tmp_path: Path) 
     refused(move(packed, other), "another model")
 
 
+def test_an_edited_layer(tiny_path: Callable[[str], Path], tmp_path: Path) -> None:
+    """As after fine-tuning, or after editing a few weights of one layer: packed alike, but not the same model."""
+    source = Path(shutil.copytree(tiny_path("llama"), tmp_path / "source"))
+    packed = open_packed(pack(source, tmp_path / "packed", "f32", name="tiny"))
+    store.save(packed, gate(packed), ABOUT)
+    edited, name = load_file(source / "model.safetensors"), "model.layers.1.mlp.gate_proj.weight"
+    middle = edited[name].size // 2
+    edited[name].reshape(-1)[middle : middle + 16] += 1  # 64 bytes
+    save_file(edited, source / "model.safetensors")
+    refused(move(packed, pack(source, tmp_path / "other", "f32", name="tiny")), "another model")
+
+
 def test_other_weights_of_the_same_shape(packed: Packed, tmp_path: Path) -> None:
-    """As after fine-tuning: the description is the same."""
+    """Another file of weights where the description is the same."""
     store.save(packed, gate(packed), ABOUT)
     data = bytearray((packed.path / "weights.safetensors").read_bytes())
     gates = packed.arrays["gate"]
