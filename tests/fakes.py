@@ -22,6 +22,10 @@ class ScriptedSession:
     def __init__(self, model: ScriptedModel) -> None:
         self.model, self.tokens, self.fed = model, [], []  # fed: one list per call
 
+    @property
+    def bytes_read(self) -> int:
+        return self.model.bytes_read
+
     def feed(self, ids: Sequence[int], *, all_logits: bool = False, prompt: bool = False) -> np.ndarray:
         assert ids, "feeding nothing"
         if len(self.tokens) + len(ids) > self.model.context:
@@ -45,6 +49,8 @@ class ScriptedModel:
         self.tokenizer = Tokenizer.from_json(tiny.tiny_tokenizer())
         self.script = self.tokenizer.encode(script) if isinstance(script, str) else list(script)
         self.prompt, self.context = prompt, context
+        self.packed = SimpleNamespace(bytes_per_token=lambda: 100)
+        self.bytes_read = 100  # by each token
         fields = {"vocab_size": tiny.VOCAB_SIZE, "bos_token_id": BOS, "add_bos_token": False}
         self.config = SimpleNamespace(**fields | {"eos_token_ids": (EOS,)} | config)
 

@@ -45,5 +45,13 @@ def test_options_exist():
     assert shown <= known
 
 
+def test_commands_with_json_are_named():
+    from fewfire_cli.main import cli
+
+    (sentence,) = re.findall(r"[^.]*have `--json`\.", README)
+    named = set(re.findall(r"`(\w+)`", sentence))
+    assert named == {name for name, c in cli.commands.items() if any("--json" in p.opts for p in c.params)}
+
+
 def test_figures_have_a_place():
     assert README.count("<!-- figures:begin -->") == README.count("<!-- figures:end -->") == 1

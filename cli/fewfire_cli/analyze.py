@@ -14,6 +14,8 @@ from fewfire_cli.text import read_text
 
 if TYPE_CHECKING:
     from fewfire.analyze import Analysis, LayerSparsity
+    from fewfire.packed import Packed
+    from fewfire.selectors import Selection
 
 _WINDOW = 512
 _RUNS = (8, 32, 128)  # tokens in a row that the table shows
@@ -28,6 +30,7 @@ def _picture(_: click.Context, param: click.Parameter, value: Path | None) -> Pa
 @click.command()
 @click.argument("model", default=options.DEFAULT_MODEL)
 @options.weights_option
+@click.option("--dense", is_flag=True, help="Do not judge the predictor of a calibration.")
 @click.option("--text", type=click.Path(path_type=Path), help="A text file to read.  [default: a sample of our own]")
 @click.option("--tokens", default=2048, show_default=True, help="Read the first so many tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Everything that was measured, as a JSON object.")
@@ -38,7 +41,9 @@ def _picture(_: click.Context, param: click.Parameter, value: Path | None) -> Pa
     metavar="DIR|FILE.png",
     help="Draw pictures: one each in a directory, or all on a page. Needs fewfire[plot].",
 )
-def analyze(model: str, weights: str, text: Path | None, tokens: int, as_json: bool, plot: Path | None) -> None:
+def analyze(
+    model: str, weights: str, dense: bool, text: Path | None, tokens: int, as_json: bool, plot: Path | None
+) -> None:
     """Emergent sparsity of MODEL: how few neurons matter to a token, layer by layer.
 
     Measured with every neuron computed, in the manner of the papers on lazy neurons. If MODEL has been calibrated with
@@ -52,17 +57,28 @@ def analyze(model: str, weights: str, text: Path | None, tokens: int, as_json: b
     if plot:
         from fewfire.pictures import draw  # at once, so that a missing matplotlib is not told after minutes of work
     from fewfire.analyze import analyze as measured
-    from fewfire.selectors import store
     from fewfire.windows import windows
 
     sample = read_text(text) if text else _sample()
     loaded = options.load(model, weights, None, None, dense=True)
     cut = windows(loaded.tokenizer, loaded.config, sample, min(_WINDOW, loaded.context), tokens)
     with ProgressBar() as progress:
-        analysis = measured(loaded.packed, cut, progress, store.load(loaded.packed))
+        analysis = measured(loaded.packed, cut, progress, None if dense else _calibration(loaded.packed))
     click.echo(json.dumps(analysis.to_dict(), ensure_ascii=False) if as_json else _table(analysis))
     for path in draw(analysis, plot) if plot else ():
         terminal.note(f"wrote {path}")
+
+
+def _calibration(packed: Packed) -> Selection | None:
+    """The calibration, if it is of use: what is measured needs none."""
+    from fewfire.errors import CheckpointError
+    from fewfire.selectors import store
+
+    try:
+        return store.load(packed)
+    except CheckpointError as error:
+        terminal.note(str(error))
+        return None
 
 
 def _sample() -> str:

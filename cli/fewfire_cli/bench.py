@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from fewfire import Model
     from fewfire.bench import Timing
 
-_ROW = "| {:24} | {:>7} | {:>8} | {:>7} | {:>7} | {:>20} |"
-_RULE = f"| {'-' * 24} | {'-' * 6}: | {'-' * 7}: | {'-' * 6}: | {'-' * 6}: | {'-' * 19}: |"
+_ROW = "| {:24} | {:>7} | {:>8} | {:>7} | {:20} | {:>7} | {:>20} |"
+_RULE = f"| {'-' * 24} | {'-' * 6}: | {'-' * 7}: | {'-' * 6}: | {'-' * 20} | {'-' * 6}: | {'-' * 19}: |"
 
 
 def _list(_: click.Context, param: click.Parameter, value: str) -> list[str]:
@@ -38,21 +38,24 @@ def _numbers(_: click.Context, param: click.Parameter, value: str | None) -> lis
 @click.option("--repeat", default=5, show_default=True, help="Runs of each test.")
 @click.option("--threads", callback=_numbers, help="Numbers of threads, such as 1,2.  [default: one per core]")
 @click.option("--weights", callback=_list, default="q4", show_default=True, help="Number formats, such as q4,q8.")
+@options.dense_option
 @click.option("--json", "as_json", is_flag=True, help="Every run, as a JSON list.")
-def bench(model: str, threads: list[int | None], weights: list[str], as_json: bool, **tests: int) -> None:
+def bench(model: str, threads: list[int | None], weights: list[str], dense: bool, as_json: bool, **tests: int) -> None:
     """Speed of MODEL on this machine, in the manner of llama-bench.
 
-    pp512 reads a prompt of 512 random tokens, tg128 reads 128 one by one, as in generation, both from an empty
-    context. Tokens per second are the median of the runs and their standard deviation.
+    pp512 reads a prompt of 512 tokens at once, tg128 reads 128 one by one, as in generation, both of a sample text and
+    from an empty context. A prompt is read with all weights; what a calibration leaves out shows in tg128, beside the
+    same with --dense. Tokens per second are the median of the runs and their standard deviation.
 
     \b
     Example:
       fewfire bench smollm2 --weights q4,q8 --threads 1,2
+      fewfire bench smollm2 --dense
     """
     results: list[dict[str, Any]] = []
-    for loaded, timing in _measured(model, weights, threads, tests):
+    for loaded, timing in _measured(model, weights, threads, dense, tests):
         if not results and not as_json:
-            click.echo(_ROW.format("model", "weights", "size", "threads", "test", "tokens/s") + "\n" + _RULE)
+            click.echo(_ROW.format("model", "weights", "size", "threads", "method", "test", "tokens/s") + "\n" + _RULE)
         name, n_bytes = loaded.packed.name, sum(loaded.packed.parts().values())
         results.append(
             {
@@ -60,6 +63,7 @@ def bench(model: str, threads: list[int | None], weights: list[str], as_json: bo
                 "weights": loaded.weights,
                 "bytes": n_bytes,
                 "threads": loaded.threads,
+                "method": timing.method,
                 "test": timing.test,
                 "median": round(timing.median, 3),
                 "deviation": round(timing.deviation, 3),
@@ -68,13 +72,14 @@ def bench(model: str, threads: list[int | None], weights: list[str], as_json: bo
         )
         if not as_json:
             speed = f"{timing.median:.2f} ± {timing.deviation:.2f}"
-            click.echo(_ROW.format(name[:24], loaded.weights, size(n_bytes), loaded.threads, timing.test, speed))
+            about = (loaded.weights, size(n_bytes), loaded.threads, timing.method, timing.test)
+            click.echo(_ROW.format(name[:24], *about, speed))
     if as_json:
         click.echo(json.dumps(results))
 
 
 def _measured(
-    model: str, weights: list[str], threads: list[int | None], tests: dict[str, Any]
+    model: str, weights: list[str], threads: list[int | None], dense: bool, tests: dict[str, Any]
 ) -> Iterator[tuple[Model, Timing]]:
     """Every timing, as soon as it is there."""
     from fewfire.bench import bench as measure
@@ -82,7 +87,7 @@ def _measured(
     done = set()
     for form in weights:
         for count in threads:
-            loaded = options.load(model, form, count, None)
+            loaded = options.load(model, form, count, None, dense)
             if (loaded.weights, loaded.threads) in done:  # a packed model keeps its format, whatever is asked for
                 continue
             done.add((loaded.weights, loaded.threads))

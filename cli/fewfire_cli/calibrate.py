@@ -45,6 +45,7 @@ def _budget(context: click.Context, param: click.Parameter, value: str | None) -
 @click.option("--density", callback=_share, help="Share to read of the rows that the method may leave out, like 0.5.")
 @click.option("--budget", callback=_budget, help="Growth of perplexity to allow, like 1%.")
 @click.option("--text", type=click.Path(path_type=Path), help="Sample text.  [default: what smollm2 says, and prose]")
+@click.option("--remove", is_flag=True, help="Remove the calibration of MODEL, and make none.")
 @click.option("--json", "as_json", is_flag=True, help="The result as a JSON object.")
 def calibrate(
     model: str,
@@ -54,6 +55,7 @@ def calibrate(
     density: float | None,
     budget: float | None,
     text: Path | None,
+    remove: bool,
     as_json: bool,
 ) -> None:
     """Chooses which weights MODEL leaves out, so that a token reads fewer of them.
@@ -79,22 +81,40 @@ def calibrate(
     Example:
       fewfire calibrate smollm2 --budget 1%
       fewfire calibrate smollm2 --method gate --density 0.5 --text book.txt
+      fewfire calibrate smollm2 --remove
     """
     from fewfire.calibrate import calibrate, check
+    from fewfire.selectors import store
 
+    if remove:
+        if any(each is not None for each in (method, density, budget, text)):
+            raise click.UsageError("--remove goes alone: it makes no new calibration")
+        _remove(model, weights, as_json)
+        return
     check(method, density, budget)
     content = read_text(text) if text else None
     loaded = options.load(model, weights, threads, None, dense=True)
     with ProgressBar() as progress:
         result = calibrate(loaded, method=method, density=density, budget=budget, text=content, progress=progress)
     if as_json:
-        click.echo(json.dumps(asdict(result)))
+        click.echo(json.dumps(asdict(result) | {"disk_bytes": store.disk_bytes(loaded.packed)}))
         return
-    for line in lines(result):
+    for line in lines(result, store.disk_bytes(loaded.packed)):
         click.echo(line)
 
 
-def lines(about: About) -> list[str]:
+def _remove(model: str, weights: str, as_json: bool) -> None:
+    from fewfire.selectors import store
+
+    packed = options.load(model, weights, None, None, dense=True).packed
+    freed = store.remove(packed)
+    if as_json:
+        click.echo(json.dumps({"removed_bytes": freed}))
+    else:
+        click.echo(f"removed the calibration of {packed.path} ({size(freed)})" if freed else "there is no calibration")
+
+
+def lines(about: About, disk_bytes: int) -> list[str]:
     """What a calibration is and costs, for people."""
     kept = "; ".join(_kept(kind, shares) for kind, shares in about.densities.items())
     missed = f"; the head misses the likeliest in at most {about.missed:.1%}" if about.missed is not None else ""
@@ -103,7 +123,7 @@ def lines(about: About) -> list[str]:
         f"perplexity {about.growth:+.2%} ± {about.growth_error:.2%}, KL to dense {about.kl:.4f} nats,"
         f" same likeliest token {about.agreement:.1%}, over {about.tokens} tokens{missed}",
         f"{size(about.bytes_per_token)} of weights a token instead of {size(about.dense_bytes_per_token)},"
-        f" {about.speedup:.2f} times as fast as dense",
+        f" {about.speedup:.2f} times as fast as dense; {size(disk_bytes)} on disk",
     ]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fewfire_cli import options
+from fewfire_cli import options, terminal
 from fewfire_cli.human import size
 from fewfire_cli.progress import ProgressBar
 from fewfire_cli.text import read_text
@@ -46,7 +46,7 @@ def _share(_: click.Context, param: click.Parameter, value: str) -> tuple[float,
 @click.option(
     "--against",
     type=click.Choice(["dense"]),
-    help="What the neurons that are left out cost; reads one token at a time.",
+    help="What it costs that something is left out; reads one token at a time.",
 )
 @click.option("--json", "as_json", is_flag=True, help="The result as a JSON object.")
 def eval_command(
@@ -62,8 +62,11 @@ def eval_command(
 ) -> None:
     """Perplexity of MODEL on a text FILE (lower is better).
 
-    Windows do not overlap, and all tokens but the first of each are scored. A window is read at once, with every
-    neuron, unless --decode or --against is there.
+    Windows do not overlap, and all tokens but the first of each are scored. A window is read at once, with all
+    weights, as a prompt is, unless --decode or --against is there: what a calibration leaves out shows only then.
+
+    --against dense tells the growth of perplexity and the KL divergence of the next token's distribution from dense's,
+    over dense's 1,024 most probable tokens and all others together. After ± are standard errors over the windows.
 
     \b
     Example:
@@ -82,6 +85,8 @@ def eval_command(
             result: Perplexity | Comparison = compare(loaded, text, window=window, limit=limit, progress=progress)
         else:
             result = perplexity(loaded, text, window=window, limit=limit, decode=decode, progress=progress)
+    if not decode and not against and loaded.engine.method not in ("dense", "exact"):
+        terminal.note(f"read with all weights: --decode scores {loaded.engine.method}, --against dense what it costs")
     if as_json:
         about = {"model": model, "weights": loaded.weights, "window": window, "decoded": decode or bool(against)}
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(result).items()}
@@ -94,9 +99,11 @@ def _sentences(result: Perplexity | Comparison) -> str:
     from fewfire.evaluate import Perplexity
 
     if isinstance(result, Perplexity):
+        how = f"decoded, {result.method}" if result.bytes_per_token else "read at once, with all weights"
+        read = f", {size(result.bytes_per_token)} of weights a token" if result.bytes_per_token else ""
         return (
             f"perplexity {result.ppl:.4f} ({result.nll:.4f} nats per token) over {result.tokens} tokens"
-            f" in {result.seconds:.1f} s, {result.tokens_per_second:.1f} tokens/s"
+            f" in {result.seconds:.1f} s, {result.tokens_per_second:.1f} tokens/s; {how}{read}"
         )
     return (
         f"perplexity {result.ppl:.4f}, dense {result.dense_ppl:.4f}:"

@@ -35,8 +35,10 @@ def info(model: str, weights: str, as_json: bool) -> None:
     Example:
       fewfire info smollm2 --weights q8
     """
+    from fewfire.selectors import store
+
     packed, chats = _open(model, weights)
-    about, unusable = _calibration(packed)
+    (about, unusable), on_disk = _calibration(packed), store.disk_bytes(packed)
     config, parts, parameters = packed.config, packed.parts(), _parameters(packed.config)
     if as_json:
         data = {
@@ -44,7 +46,7 @@ def info(model: str, weights: str, as_json: bool) -> None:
             "path": str(packed.path),
             "weights": packed.weights,
             "chat_template": chats,
-            "calibration": asdict(about) if about else None,
+            "calibration": asdict(about) | {"disk_bytes": on_disk} if about else None,
             "parameters": parameters,
             "bytes": parts,
             "config": config.to_dict(),
@@ -52,7 +54,7 @@ def info(model: str, weights: str, as_json: bool) -> None:
         click.echo(json.dumps(data, ensure_ascii=False))
         return
     described = _description(model, packed, chats)
-    for number, text in enumerate(lines(about) if about else [unusable]):
+    for number, text in enumerate(lines(about, on_disk) if about else [unusable]):
         described["calibration" if number == 0 else " " * number] = text
     for label, text in described.items():
         click.echo(f"{label:14}{text}")

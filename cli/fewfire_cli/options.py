@@ -23,15 +23,16 @@ weights_option = click.option(
     help="Number format to run the weights in.",
 )
 
+dense_option = click.option(
+    "--dense", is_flag=True, help="Leave nothing out: no calibration, and neurons that a ReLU makes zero, too."
+)
+
 
 def model_options(f: F) -> F:
     """--weights, --threads, --context and --dense, as `load` wants them."""
-    f = click.option(
-        "--dense", is_flag=True, help="Leave nothing out: no calibration, and neurons that a ReLU makes zero, too."
-    )(f)
     f = click.option("--context", type=int, help="Most tokens of a conversation.  [default: the model's]")(f)
     f = click.option("--threads", type=int, help="Threads to compute with.  [default: one per core]")(f)
-    return weights_option(f)
+    return weights_option(dense_option(f))
 
 
 def load(source: str, weights: str, threads: int | None, context: int | None, dense: bool = False) -> Model:

@@ -17,14 +17,15 @@ class Reads:
     """How many bytes of the weights each token of an answer read."""
 
     def __init__(self, model: Model) -> None:
-        self._engine, self._dense = model.engine, model.packed.bytes_per_token()
+        self._dense = model.packed.bytes_per_token()
         self._tokens = self._sum = 0
 
     def watch(self, stream: Stream, status: StatusLine) -> Iterator[Piece]:
         """Passes an answer on, and shows what its last token read."""
         for number, piece in enumerate(stream):
-            if number:  # the first token comes out of the prompt, and then one is decoded for each piece
-                read = self._engine.bytes_read()
+            # The first token comes out of the prompt, and text that was held back out of none.
+            if number and piece.token_id is not None:
+                read = stream.session.bytes_read
                 self._tokens, self._sum = self._tokens + 1, self._sum + read
                 status.show(f"this token read {read / self._dense:.0%} of the weights; on average {self.mean}")
             yield piece

@@ -1,8 +1,9 @@
 """How fast a model reads a prompt and how fast it writes, on this machine.
 
-As llama-bench does it: a prompt of random tokens read into an empty context ("pp512"), and random tokens read one by
-one, as in generation, from an empty context on ("tg128"). Choosing the next token is no part of it. One run before the
-ones that count warms caches and maps the weights.
+As llama-bench does it: a prompt read into an empty context ("pp512"), and tokens read one by one, as in generation,
+from an empty context on ("tg128"). Choosing the next token is no part of it. One run before the ones that count warms
+caches and maps the weights. The tokens are a text's, where llama-bench has random ones: how much a selection leaves out
+of those says nothing.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from fewfire.calibrate import sample_text
 from fewfire.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class Timing:
     test: str
     tokens: int
     seconds: tuple[float, ...]
+    method: str = "dense"  # what decided what was left out
 
     @property
     def speeds(self) -> tuple[float, ...]:
@@ -47,7 +48,10 @@ class Timing:
 def bench(
     model: Model, *, prompt: int = 512, tokens: int = 128, repeat: int = 5, progress: Progress = silent
 ) -> list[Timing]:
-    """Times reading `prompt` tokens at once and `tokens` one by one, `repeat` times each; 0 leaves a test out."""
+    """Times reading `prompt` tokens at once and `tokens` one by one, `repeat` times each; 0 leaves a test out.
+
+    A prompt is read with all weights, tokens with what the model's selection leaves.
+    """
     for name, value in (("prompt", prompt), ("tokens", tokens)):
         if not 0 <= value <= model.context:
             raise ValueError(f"{name} must be from 0 to the model's context of {model.context} tokens, not {value}")
@@ -62,8 +66,8 @@ def bench(
 def _timing(model: Model, name: str, count: int, repeat: int, progress: Progress) -> Timing:
     """Reads `count` tokens, a prompt ("pp") at once and others one by one."""
     test, prompt = f"{name}{count}", name == "pp"
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, count).tolist()
-    session, seconds = model.session(), []
+    text = model.tokenizer.encode(sample_text())
+    ids, session, seconds = (text * -(-count // len(text)))[:count], model.session(), []
     for run in range(repeat + 1):
         progress(f"timing {test}", run, repeat + 1)
         session.rewind(0)
@@ -71,4 +75,4 @@ def _timing(model: Model, name: str, count: int, repeat: int, progress: Progress
         for part in [ids] if prompt else [[token] for token in ids]:
             session.feed(part, prompt=prompt)
         seconds.append(time.perf_counter() - start)
-    return Timing(test, count, tuple(seconds[1:]))
+    return Timing(test, count, tuple(seconds[1:]), "dense" if prompt else model.engine.method)

@@ -77,7 +77,7 @@ def observe_dense(model: Model, windows: Windows, progress: Progress = silent, s
     Raises `FewfireError` if the logits are not finite.
     """
     tokens, log_p, targets, seconds = [], [], [], []
-    for target, logits, took in _decoded(model, windows, progress, stage):
+    for target, logits, took, _ in _decoded(model, windows, progress, stage):
         total = float(log_total(logits))
         kept = min(_KEPT, len(logits))
         best = np.argpartition(logits, len(logits) - kept)[len(logits) - kept :]
@@ -98,13 +98,13 @@ def measure(
     """
     count, read = len(dense.target), 0
     grown, kl, seconds, agree = np.empty(count), np.empty(count), np.empty(count), np.empty(count, bool)
-    for i, (target, logits, took) in enumerate(_decoded(model, windows, progress, stage)):
+    for i, (target, logits, took, bytes_read) in enumerate(_decoded(model, windows, progress, stage)):
         total = float(log_total(logits))
         kl[i] = _divergence(dense.log_p[i], _log_p(logits[dense.tokens[i]], total), len(logits))
         grown[i] = dense.target[i] - (float(logits[target]) - total)
         agree[i] = logits.argmax() == dense.tokens[i, 0]
         seconds[i] = took
-        read += model.engine.bytes_read()
+        read += bytes_read
     window = np.repeat(np.arange(len(windows), dtype=np.int32), [len(each) - 1 for each in windows])
     return Damage(grown, kl, agree, window, seconds, read / count)
 
@@ -153,8 +153,10 @@ def _divergence(log_p: np.ndarray, log_q: np.ndarray, vocab: int) -> float:
     return found
 
 
-def _decoded(model: Model, windows: Windows, progress: Progress, stage: str) -> Iterator[tuple[int, np.ndarray, float]]:
-    """Each scored token with the logits that were to predict it, `(vocab,)` float32, and the seconds that they took."""
+def _decoded(
+    model: Model, windows: Windows, progress: Progress, stage: str
+) -> Iterator[tuple[int, np.ndarray, float, int]]:
+    """Each scored token, the logits `(vocab,)` that were to predict it, the seconds and bytes of weights they took."""
     session, done, total = model.session(), 0, sum(len(window) - 1 for window in windows)
     for window in windows:
         session.rewind(0)
@@ -164,6 +166,6 @@ def _decoded(model: Model, windows: Windows, progress: Progress, stage: str) -> 
             took = time.perf_counter() - start
             if not np.isfinite(logits).all():
                 raise FewfireError(NOT_FINITE)
-            yield target, logits, took
+            yield target, logits, took, session.bytes_read
             done += 1
             progress(stage, done, total)

@@ -28,6 +28,7 @@ from fewfire.quantize import padded, row_bytes
 from fewfire.selectors.parts import fitting
 from fewfire.selectors.selection import COLUMNS, Screen, Selection, column_shape
 from fewfire.team import Team
+from fewfire.traffic import Traffic
 
 BATCH = 256  # tokens of a prompt that go through the layers together
 
@@ -130,7 +131,8 @@ class Engine:
         self._model = _model(self._packed, self._primitives, self._cell, selection.screen if selection else None)
         self._selection, self._dense = selection, dense
         self._work = Workspace(self.config, self.threads, positions, selection)
-        self._unread = True
+        self._traffic = Traffic(self._packed, selection, self._model.record[0], self._layers.record)
+        self._bytes = self._packed.bytes_per_token()
 
     def neurons_read(self) -> np.ndarray:
         """How many neurons' gate, up and down rows the last decoded token read, `(layers, 3)` int64.
@@ -141,43 +143,33 @@ class Engine:
         return self._work.read.sum(axis=1)
 
     def bytes_read(self) -> int:
-        """Bytes of weights that the last decoded token read, those of predictors included; all before the first."""
-        arrays, up = self._packed.arrays, int(self._model.record["down"][0])
-        if self._unread:
-            return self._packed.bytes_per_token()
-        met, fired, kept = (int(n) for n in self.neurons_read().sum(axis=0))
-        layers = self._layers.record
-        predictor = int((layers["groups"] * layers["predictor_stride"] + layers["rank"] * layers["basis_stride"]).sum())
-        rows = sum(arrays[name][0].nbytes * int((layers[f"{name}_columns"] == 0).sum()) for name in ("qkv", "o"))
-        neurons = arrays["gate"].shape[2] * met + up * fired + (arrays["updown"].shape[2] - up) * kept
-        projections = rows + int(self._work.projected.sum())
-        return arrays["embed"].shape[2] + projections + predictor + neurons + self._head_bytes()
+        """Bytes of weights that the last decoded token of any session read, with all that a selection adds.
 
-    def _head_bytes(self) -> int:
-        """What the last token read of the head, with what it took to know that."""
-        rows, record = self._packed.arrays.get("head", self._packed.arrays["embed"])[0], self._model.record[0]
-        if record["screen"] == 0:
-            return rows.nbytes
-        screened = len(rows) * (int(record["screen_stride"]) + 4)  # with the bias
-        return screened + (int(record["screen_rank"]) + int(self._work.exact.sum())) * rows.shape[1]
+        What a dense token reads before the first. Sessions keep their own (`Session.bytes_read`).
+        """
+        return self._bytes
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache: float16, or float32 for f32 and bf16 weights."""
         c = self.config
         return KVCache(c.num_hidden_layers, c.num_key_value_heads, capacity, self._cell, c.intermediate_size)
 
-    def decode(self, token: int, position: int, cache: KVCache, logits: np.ndarray) -> None:
-        """Reads one token at `position`, within the cache's capacity; writes its logits, float32 and contiguous."""
+    def decode(self, token: int, position: int, cache: KVCache, logits: np.ndarray) -> int:
+        """Reads one token at `position`, within the cache's capacity; writes its logits, float32 and contiguous.
+
+        Returns how many bytes of weights it read.
+        """
         with self._lock:
             if self._work.positions < cache.capacity:
                 self._work = Workspace(self.config, self.threads, cache.capacity, self._selection)
             work = self._work
-            self._unread = False
             cache.keep(position, self._selection.window if self._selection else 1)
             self._team.run(
                 decode, self._model.record, self._layers.record, work.record, cache.record,
                 token, position, logits.ctypes.data, keep=(self, self._model, self._layers, work, cache, logits),
             )  # fmt: skip
+            self._bytes = self._traffic.of(work)
+            return self._bytes
 
     def prefill(self, tokens: Sequence[int], position: int, cache: KVCache, logits: np.ndarray) -> None:
         """Reads at most `BATCH` tokens from `position` on, within the cache's capacity.

@@ -37,6 +37,8 @@ class Perplexity:
     nll: float
     tokens: int
     seconds: float
+    method: str  # what decided what was left out, "dense" where windows were read at once
+    bytes_per_token: float | None  # of weights; None where windows were read at once
 
     @property
     def tokens_per_second(self) -> float:
@@ -85,20 +87,22 @@ def perplexity(
     Raises `ValueError` for an impossible window or limit and for a text with nothing to score, `FewfireError` if the
     model's logits are not finite.
     """
-    start, session, total, done = time.perf_counter(), model.session(), 0.0, 0
+    start, session, total, read, done = time.perf_counter(), model.session(), 0.0, 0, 0
     cut = _cut(model, text, window, limit)
     every = sum(len(tokens) for tokens in cut)
     for tokens in cut:
         progress("perplexity", done, every)
         session.rewind(0)
-        total += _window_nll(session, tokens, decode)
+        nll, n_bytes = _window_nll(session, tokens, decode)
+        total, read = total + nll, read + n_bytes
         done += len(tokens)
     progress("perplexity", done, every)
     if not math.isfinite(total):
         raise FewfireError(damage.NOT_FINITE)
     scored = every - len(cut)
-    nll = total / scored
-    return Perplexity(_exp(nll), nll, scored, time.perf_counter() - start)
+    nll, method = total / scored, model.engine.method if decode else "dense"
+    seconds = time.perf_counter() - start
+    return Perplexity(_exp(nll), nll, scored, seconds, method, read / scored if decode else None)
 
 
 def compare(
@@ -117,7 +121,6 @@ def compare(
     with engine.borrowed():
         engine.select(None, dense=True)
         dense = damage.observe_dense(model, cut, progress)
-        dense_bytes = engine.bytes_read()
     found = damage.measure(model, cut, dense, progress, f"measuring {method}")
     nll = -float(dense.target.mean())
     return Comparison(
@@ -135,7 +138,7 @@ def compare(
         agreement_error=found.error_of(found.agree),
         tokens=len(found.kl),
         bytes_per_token=found.bytes_per_token,
-        dense_bytes_per_token=dense_bytes,
+        dense_bytes_per_token=model.packed.bytes_per_token(),
         tokens_per_second=1 / float(found.seconds.mean()),
         dense_tokens_per_second=1 / float(dense.seconds.mean()),
     )
@@ -148,15 +151,19 @@ def _cut(model: Model, text: str, window: int, limit: int | None) -> list[list[i
     return windows(model.tokenizer, model.config, text, window, limit)
 
 
-def _window_nll(session: Session, tokens: list[int], decode: bool) -> float:
-    """Sum of -log p over all but the first of `tokens`, fed in parts so that the logits stay small."""
+def _window_nll(session: Session, tokens: list[int], decode: bool) -> tuple[float, int]:
+    """Sum of -log p over all but the first of `tokens`, fed in parts so that the logits stay small.
+
+    And of the bytes of weights, if each is decoded.
+    """
     part = 1 if decode else max(16, _LOGITS_AT_ONCE // session.model.config.vocab_size)
-    total = 0.0
+    total, read = 0.0, 0
     for at in range(0, len(tokens) - 1, part):
         fed = tokens[at : min(at + part, len(tokens) - 1)]
         logits = session.feed(fed, all_logits=True, prompt=not decode)
         total += float(token_nll(logits, tokens[at + 1 : at + 1 + len(fed)]).sum())
-    return total
+        read += session.bytes_read if decode else 0
+    return total, read
 
 
 def _exp(nll: float) -> float:

@@ -162,7 +162,7 @@ class Stream(Iterator[Piece]):
         self._max_tokens = max_tokens
         self._sampler = Sampler(sampling)
         self._filter = StopFilter(stop)
-        self._session = session or model.session()
+        self.session = session or model.session()
         self._decoder = StreamDecoder(model.tokenizer)
         self._text: list[str] = []
         self._tokens: list[int] = []
@@ -203,7 +203,7 @@ class Stream(Iterator[Piece]):
         return Completion("".join(self._text), list(self._tokens), self._finish or "cancelled", stats)
 
     def _run(self) -> Generator[Piece]:  # a generator: the loop below is the whole of generation
-        session, eos = self._session, self._model.config.eos_token_ids
+        session, eos = self.session, self._model.config.eos_token_ids
         history = list(self._ids)
         logits = self._feed_prompt()
         while True:
@@ -235,7 +235,7 @@ class Stream(Iterator[Piece]):
         """Logits after the prompt, computing only what the session does not hold yet (but at least one
         token).
         """
-        session, ids = self._session, self._ids
+        session, ids = self.session, self._ids
         start = time.perf_counter()
         same = common_prefix(session.tokens, ids)
         self._cached = min(same, len(ids) - 1)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,6 +163,7 @@ class Packed:
     config: ModelConfig
     weights: str
     arrays: dict[str, np.ndarray]
+    derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # from the arrays, made once
 
     @property
     def formats(self) -> Formats:

@@ -20,12 +20,14 @@ class Session:
     """Tokens that the model has read, with their keys and values. Any number of sessions share a model.
 
     A session is for one thread at a time; different sessions may be used from different threads.
-    `tokens` are the ids in the cache; treat it as read-only.
+    `tokens` are the ids in the cache, `bytes_read` the bytes of weights that its last decoded token read, those that a
+    dense one does before the first; treat both as read-only.
     """
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.tokens: list[int] = []
+        self.bytes_read = model.packed.bytes_per_token()
         self._cache = model.engine.new_cache(min(_FIRST_CAPACITY, model.context))
 
     def feed(self, ids: Sequence[int], *, all_logits: bool = False, prompt: bool = False) -> np.ndarray:
@@ -48,7 +50,7 @@ class Session:
             part, position = [int(i) for i in ids[start : start + BATCH]], len(self.tokens)
             rows = logits[start : start + BATCH] if all_logits else logits
             if len(ids) == 1 and not prompt:
-                engine.decode(part[0], position, self._cache, rows[0])
+                self.bytes_read = engine.decode(part[0], position, self._cache, rows[0])
             else:
                 engine.prefill(part, position, self._cache, rows)
             self.tokens.extend(part)

@@ -68,6 +68,13 @@ def test_a_calibrated_predictor_is_judged(tiny_path, text, tmp_path):
     assert precision == 100
     data = json.loads(run("analyze", path, "--text", text, "--json").out)
     assert [100 * part for part in data["mean"]["predictor"]] == pytest.approx([recall, precision, read], abs=0.06)
+    assert json.loads(run("analyze", path, "--text", text, "--dense", "--json").out)["mean"]["predictor"] is None
+    (path / store.NAME).write_text("{}", encoding="utf-8")
+    stale = run("analyze", path, "--text", text, "--json")
+    assert stale.code == 0
+    assert "the calibration cannot be used" in stale.err
+    assert json.loads(stale.out)["mean"]["predictor"] is None
+    assert "cannot be used" not in run("analyze", path, "--text", text, "--dense", "--json").err
 
 
 def test_what_it_reads_without_a_text(relu):

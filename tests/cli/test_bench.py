@@ -14,10 +14,10 @@ def test_table(model):
     assert lines[0].split("|")[1].strip() == "model"
     assert set(lines[1]) == set("|-: ")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    assert [(c[1], c[3], c[4]) for c in cells] == [
-        (form, threads, test) for form in ("q4", "q8") for threads in ("1", "2") for test in ("pp20", "tg5")
+    assert [(c[1], c[3], c[4], c[5]) for c in cells] == [
+        (form, threads, "dense", test) for form in ("q4", "q8") for threads in ("1", "2") for test in ("pp20", "tg5")
     ]
-    assert all(float(c[5].split(" ± ")[0]) > 0 for c in cells)
+    assert all(float(c[6].split(" ± ")[0]) > 0 for c in cells)
 
 
 def test_json_has_every_run(model):
@@ -26,6 +26,14 @@ def test_json_has_every_run(model):
     for row in rows:
         assert len(row["tokens_per_second"]) == 3
         assert row["median"] == pytest.approx(sorted(row["tokens_per_second"])[1])
+
+
+def test_what_is_left_out_is_named(tiny_path):
+    """Of a prompt nothing is."""
+    relu = tiny_path("llama-relu")
+    for options, methods in ([], ["dense", "exact"]), (["--dense"], ["dense", "dense"]):
+        rows = json.loads(run("bench", relu, *QUICK, *options, "--json").out)
+        assert [r["method"] for r in rows] == methods
 
 
 def test_tests_can_be_left_out(model):

@@ -8,6 +8,7 @@ from commandline import run
 from fewfire.selectors.methods import METHODS
 from fewfire.selectors.store import About
 from fewfire_cli.calibrate import lines
+from fewfire_cli.human import size
 
 ABOUT = About(
     "gate+screen", 0.5, {"gate": [0.4, 0.6], "screen": [0.03]}, {"density": 0.5}, "own", 100, 0.01, 0.001, 0.009, 0.97,
@@ -38,13 +39,23 @@ def test_from_calibrating_to_generating(packed, tmp_path):
     assert dense["bytes_per_token"] == dense["dense_bytes_per_token"] == stats["dense_bytes_per_token"]
     assert json.loads(run(*prompt, "--dense").out)["text"] == json.loads(before.out)["text"]
     assert "method gate" in run("info", packed).out
-    assert json.loads(run("info", packed, "--json").out)["calibration"]["method"] == "gate"
+    about = json.loads(run("info", packed, "--json").out)["calibration"]
+    on_disk = sum(file.stat().st_size for file in packed.glob("selectors*"))
+    assert (about["method"], about["disk_bytes"]) == ("gate", on_disk)
+    assert result.out.strip().endswith(f"{size(on_disk)} on disk")
+    run("calibrate", packed, "--remove", "--budget", "1%").failed(2, "--remove goes alone")
+    assert run("calibrate", packed, "--remove").out == f"removed the calibration of {packed} ({size(on_disk)})\n"
+    assert not list(packed.glob("selectors*"))
+    assert json.loads(run(*prompt).out)["text"] == json.loads(before.out)["text"]
+    assert json.loads(run("calibrate", packed, "--remove", "--json").out) == {"removed_bytes": 0}
+    assert run("calibrate", packed, "--remove").out == "there is no calibration\n"
 
 
 def test_lines():
-    assert lines(ABOUT)[0] == "method gate+screen, density 0.50: gate 0.5 (0.4 to 0.6); screen 0.03"
-    assert "misses" not in "".join(lines(ABOUT))
-    assert lines(replace(ABOUT, missed=0.004))[1].endswith(
+    assert lines(ABOUT, 85_000_000)[0] == "method gate+screen, density 0.50: gate 0.5 (0.4 to 0.6); screen 0.03"
+    assert lines(ABOUT, 85_000_000)[2].endswith("1.50 times as fast as dense; 85.0 MB on disk")
+    assert "misses" not in "".join(lines(ABOUT, 0))
+    assert lines(replace(ABOUT, missed=0.004), 0)[1].endswith(
         "over 100 tokens; the head misses the likeliest in at most 0.4%"
     )
 

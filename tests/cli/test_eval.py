@@ -1,11 +1,15 @@
 import json
 
+import numpy as np
 import pytest
 
 import fewfire
 from commandline import run
 from fewfire.evaluate import perplexity
+from fewfire.selectors import Selection, store
 from tiny import PARAGRAPH
+
+ABOUT = store.About("gate", 0.5, {}, {"density": 0.5}, "own", 100, 0.01, 0.001, 0.009, 0.97, 50, 100, 1.5)
 
 
 @pytest.fixture
@@ -75,6 +79,38 @@ def test_against_dense(tiny_path, text):
     assert "dense" in said
     assert "KL" in said
     assert "±" not in said  # one window tells no spread
+
+
+def test_a_calibrated_model(model, text, tmp_path):
+    """What was measured is said, and where a calibration does not show, too."""
+    packed = tmp_path / "packed"
+    assert run("pack", model, packed).code == 0
+    loaded = fewfire.load(packed, threads=1)
+    shape = loaded.config.num_hidden_layers, loaded.config.intermediate_size
+    store.save(loaded.packed, Selection("gate", gate=np.full(shape, 0.2, np.float32)), ABOUT)
+    options = ["--window", 50, "--tokens", 200]
+    said = run("eval", packed, text, *options)
+    assert "read at once, with all weights" in said.out
+    assert "read with all weights: --decode scores gate" in said.err
+    dense = json.loads(run("eval", packed, text, *options, "--dense", "--json").out)
+    assert json.loads(run("eval", packed, text, *options, "--json").out)["ppl"] == dense["ppl"]
+    decoded = run("eval", packed, text, *options, "--decode")
+    assert "; decoded, gate, " in decoded.out
+    assert "all weights" not in decoded.out + decoded.err
+    data = json.loads(run("eval", packed, text, *options, "--against", "dense", "--json").out)
+    assert (data["method"], data["decoded"]) == ("gate", True)
+    assert data["bytes_per_token"] < data["dense_bytes_per_token"]
+    assert 0 < data["kl_median"] < data["kl_99"] < data["kl_max"]
+    for key in ("growth_error", "kl_error", "agreement_error", "tokens_per_second", "dense_tokens_per_second"):
+        assert data[key] > 0
+    shown = run("eval", packed, text, *options, "--against", "dense").out
+    assert shown.count("±") == 3
+    for word in ("gate: ", "median", "99%", "largest", "tokens/s instead of"):
+        assert word in shown
+
+
+def test_nothing_to_compare(model, text):
+    run("eval", model, text, "--window", 50, "--against", "dense").failed(2, "nothing is left out", "fewfire calibrate")
 
 
 def test_against_itself_or_the_unknown(model, text):

@@ -191,7 +191,8 @@ def test_a_layer_may_drop_everything(family: str, weights: str, packed_path: Pac
         assert np.isfinite(decoded(model)).all()
     down = c.num_hidden_layers * c.intermediate_size * row_bytes(of.down, c.hidden_size)
     tables = packed.arrays.get("head", packed.arrays["embed"]).nbytes + packed.arrays["embed"].shape[2]
-    assert model.engine.bytes_read() == down + tables
+    limits = sum(4 * c.num_hidden_layers * column_shape(c, part)[0] for part in COLUMNS)
+    assert model.engine.bytes_read() == down + tables + limits
 
 
 @pytest.mark.parametrize("weights", ["f32", "q4", "q8"])
@@ -221,6 +222,7 @@ def test_bytes_are_those_of_the_columns(
         columns = int(read[part][0] + read[part][2])
         assert 0 < columns < 2 * column_shape(c, part)[0]
         expected += columns * row_bytes(of.down, column_shape(c, part)[1]) - 2 * rows[part]
+        expected += 2 * 4 * column_shape(c, part)[0]  # thresholds
     assert model.engine.bytes_read() == expected
     model.engine.select(None, dense=True)
     decoded(model, IDS[:1])

@@ -17,6 +17,7 @@ class Bigram(ScriptedModel):
     """Its prediction depends on the last token alone, so a text's nll can be said in one line."""
 
     table = np.random.default_rng(0).standard_normal((300, 300)).astype(np.float32) * 3
+    engine = SimpleNamespace(method="table")
 
     def logits_after(self, tokens):
         return self.table[tokens[-1]]
@@ -57,7 +58,10 @@ def test_decoding_reads_one_token_at_a_time():
 
     model.session = lambda: Watched(model)
     whole = perplexity(Bigram(), TEXT, window=20)
-    assert perplexity(model, TEXT, window=20, decode=True).nll == pytest.approx(whole.nll)
+    decoded = perplexity(model, TEXT, window=20, decode=True)
+    assert decoded.nll == pytest.approx(whole.nll)
+    assert (decoded.method, decoded.bytes_per_token) == ("table", 100)
+    assert (whole.method, whole.bytes_per_token) == ("dense", None)
     assert set(fed) == {(1, False)}
     assert perplexity(model, TEXT, window=2).nll
     assert fed[-1] == (1, True)  # a window of two tokens has one to read, with all weights
@@ -119,9 +123,8 @@ class Blurred(Bigram):
     def __init__(self, **options):
         super().__init__(**options)
         self.selected = True
-        self.engine = SimpleNamespace(
-            method="blur", borrowed=self.borrowed, select=self.select, bytes_read=lambda: 60 if self.selected else 100
-        )
+        self.bytes_read = 60
+        self.engine = SimpleNamespace(method="blur", borrowed=self.borrowed, select=self.select)
 
     @contextlib.contextmanager
     def borrowed(self):

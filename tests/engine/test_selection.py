@@ -176,8 +176,44 @@ def test_bytes_are_those_of_the_rows(
     assert (missing > 0).all()
     row = row_bytes(of.rows, hidden)
     saved = missing[0] * row + missing[1] * packed.config.gated * row + missing[2] * row_bytes(of.down, hidden)
-    predicting = selection.predictor.rows.nbytes + selection.predictor.basis.nbytes
+    added = selection.predictor.rows, selection.predictor.basis, selection.predictor.bias, selection.predictor.members
+    predicting = sum(array.nbytes for array in (*added, selection.gate, selection.down) if array is not None)
     assert every - model.engine.bytes_read() == saved - predicting
+
+
+def test_layers_where_nothing_is_left_out_add_no_bytes(packed_path: PackedPath, random: np.random.Generator) -> None:
+    packed = open_packed(packed_path("llama", "q4"))
+    model, selection = Model(packed, 2), selected(random, packed, "early+gate")
+    assert selection.predictor
+    assert selection.predictor.basis is not None
+    assert selection.gate is not None
+    selection.gate[1:], selection.predictor.bias[1:] = -1, np.inf
+    selection.gate[0], selection.predictor.bias[0] = np.inf, np.float32(1e9)  # drops all, of what the predictor keeps
+    model.engine.select(selection)
+    session = model.session()
+    session.feed(IDS[:1])
+    c, of = packed.config, packed.formats
+    row = row_bytes(of.rows, c.hidden_size)
+    saved = c.intermediate_size * (row + row_bytes(of.down, c.hidden_size))
+    added = selection.predictor.rows, selection.predictor.basis, selection.predictor.bias, selection.predictor.members
+    predicting = sum(array[0].nbytes for array in (*added, selection.gate))
+    assert session.bytes_read == packed.bytes_per_token() - saved + predicting
+
+
+def test_each_session_knows_what_its_own_token_read(packed_path: PackedPath, random: np.random.Generator) -> None:
+    model = Model(open_packed(packed_path("llama", "q4")), 2)
+    model.engine.select(selected(random, model.packed, "gate"))
+    alone, sessions = list[int](), [model.session(), model.session()]
+    assert sessions[0].bytes_read == model.packed.bytes_per_token()
+    for session, token in zip(sessions, IDS, strict=False):
+        session.feed([token])
+        alone.append(model.engine.bytes_read())
+    assert alone[0] != alone[1]
+    assert [session.bytes_read for session in sessions] == alone
+    model.engine.select(None)
+    assert [session.bytes_read for session in sessions] == alone
+    sessions[0].feed(IDS[:2])  # at once, which decodes nothing
+    assert sessions[0].bytes_read == alone[0]
 
 
 @pytest.mark.parametrize("weights", ["f32", "q4"])

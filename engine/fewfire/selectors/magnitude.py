@@ -13,7 +13,6 @@ the same up to a factor of each layer, as long as it is small.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -95,17 +94,13 @@ class _Stored:
         self.array, self.done = memory[:-_ROOM].reshape(shape), set[int]()
 
 
-# Columns are the same for all densities, and a calibration fills many selections, of which most leave something out in
-# one layer. So they are encoded once for as long as a model is open, by its id.
-_made: dict[int, dict[str, _Stored]] = {}
-
-
 def _columns(packed: Packed, part: str, layers: np.ndarray) -> np.ndarray:
-    """Stored columns `(layers, inputs, bytes)`: of these layers, and maybe of others; zeros of those never used."""
-    if id(packed) not in _made:
-        weakref.finalize(packed, _made.pop, id(packed), None)
-    parts = _made.setdefault(id(packed), {})
-    stored = parts.setdefault(part, _Stored(packed, part))
+    """Stored columns `(layers, inputs, bytes)`: of these layers, and maybe of others; zeros of those never used.
+
+    They are the same for all densities, and a calibration fills many selections, of which most leave something out in
+    one layer. So they are encoded once for as long as a model is open.
+    """
+    stored: _Stored = packed.derived.setdefault(f"{part} columns", _Stored(packed, part))
     for layer in set(layers.tolist()) - stored.done:
         matrix = np.ascontiguousarray(_matrix(packed, part, layer).T)
         stored.array[layer] = encode(matrix, packed.formats.down, "axpy", fit_q4).view(np.uint8)

@@ -142,6 +142,29 @@ def about(packed: Packed) -> About | None:
         raise _damaged(packed, f"{NAME} is damaged") from None
 
 
+def disk_bytes(packed: Packed) -> int:
+    """What a packed model's calibration takes on the disk, in whatever state it is; 0 if there is none."""
+    found = 0
+    for name in (NAME, _named(packed)):
+        with contextlib.suppress(OSError):
+            found += (packed.path / name).stat().st_size if name else 0
+    return found
+
+
+def remove(packed: Packed) -> int:
+    """Removes a packed model's calibration, in whatever state it is; returns the bytes that it took, 0 without one.
+
+    Raises `FewfireError` if the disk does not let it go.
+    """
+    freed, tensors = disk_bytes(packed), _named(packed)
+    try:
+        (packed.path / NAME).unlink(missing_ok=True)
+    except OSError as error:
+        raise FewfireError(f"cannot remove {packed.path / NAME} ({error.strerror}); see who may write there") from None
+    _sweep(packed.path, tensors, "")
+    return freed
+
+
 def model_digest(packed: Packed) -> str:
     """Tells packed models apart: by their description, which has a digest of all weights, and to see that these are
     still the weights that it describes, by their size and samples of every array."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,8 +128,8 @@ def test_density_one_is_dense(weights: str, packed_path: PackedPath) -> None:
 def test_nothing_is_kept_of_closed_models(packed_path: PackedPath) -> None:
     packed = open_packed(packed_path("llama", "f32"))
     fits = [magnitude.fit_o(packed, layer) for layer in observed(packed)]
-    magnitude.fill_o(packed, fits, [0.5] * 3)
-    number = id(packed)
-    assert number in magnitude._made
-    del packed
-    assert number not in magnitude._made
+    kept = weakref.ref(magnitude.fill_o(packed, fits, [0.5] * 3).columns.base)
+    assert kept() is not None
+    del packed, fits
+    gc.collect()
+    assert kept() is None

@@ -131,6 +131,40 @@ def test_there_is_room_behind_every_array(packed: Packed) -> None:
     assert max(offsets.values()) == offsets["~"] == file.stat().st_size - 4096
 
 
+def test_it_is_removed(packed: Packed) -> None:
+    before = files(packed)
+    assert (store.disk_bytes(packed), store.remove(packed)) == (0, 0)
+    store.save(packed, everything(packed), ABOUT)
+    own = [packed.path / name for name in files(packed) if name not in before]
+    assert len(own) == 2
+    assert store.disk_bytes(packed) == sum(file.stat().st_size for file in own) == store.remove(packed)
+    assert files(packed) == before
+    assert store.load(packed) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 10000])
+def test_a_damaged_one_is_removed(packed: Packed, content: bytes) -> None:
+    store.save(packed, gate(packed), ABOUT)
+    (packed.path / store.NAME).write_bytes(content)
+    store.remove(packed)
+    assert store.load(packed) is None
+
+
+def test_one_that_cannot_be_removed(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.save(packed, gate(packed), ABOUT)
+    before = files(packed)
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(FewfireError, match=r"cannot remove .*selectors.json \(Permission denied\)"):
+            store.remove(packed)
+    assert files(packed) == before
+    assert store.load(packed)
+
+
 def test_the_next_one_replaces_it(packed: Packed) -> None:
     store.save(packed, gate(packed), ABOUT)
     before = files(packed)
