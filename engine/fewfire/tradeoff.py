@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from fewfire import damage
-from fewfire.calibrate import check, sample_text
+from fewfire import calibrate, damage
 from fewfire.calibration import Calibration, Densities
 from fewfire.damage import Dense
 from fewfire.progress import Progress, silent
@@ -116,12 +115,8 @@ def tradeoff(
     text: the default sample if None. What was fitted stays with the packed model for a week: `calibrate` with the same
     text goes on from there. Raises what `calibrate` raises for a method and a density.
     """
-    for method in methods:
-        for density in densities:
-            check(method, density, None)
-    if tokens < 2:
-        raise ValueError(f"tokens must be at least 2, or there is nothing to score, not {tokens}")
-    work = Calibration(model, sample_text() if text is None else text, progress)
+    check(methods, densities, tokens)
+    work = Calibration(model, calibrate.sample_text() if text is None else text, progress)
     try:
         work.fit(methods)
         judge = Judge(work, some(work.held, tokens))
@@ -131,3 +126,12 @@ def tradeoff(
     finally:
         model.engine.select(None, dense=True)
         work.notebook.close()
+
+
+def check(methods: Sequence[str], densities: Sequence[float], tokens: int) -> None:
+    """Raises `ValueError` for what `tradeoff` does not take."""
+    for method in methods:
+        for density in densities:
+            calibrate.check(method, density, None)
+    if tokens < 2:
+        raise ValueError(f"tokens must be at least 2, or there is nothing to score, not {tokens}")
