@@ -15,6 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 
 _LINEAR = 0.005  # growth up to here is drawn to scale, more by its logarithm
 _TICKS = (-0.01, 0, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 100)
+_MOST = 150.0  # what grows by more leaves the picture
 
 
 def draw(found: Tradeoff, path: Path) -> list[Path]:
@@ -55,7 +56,7 @@ def _curves(axes: Axes, found: Tradeoff, share: Callable[[Point], float]) -> Non
     """A line for each method, from nothing left out on, with standard errors."""
     for number, method in enumerate(dict.fromkeys(point.method for point in found.points)):
         points = sorted((point for point in found.points if point.method == method), key=share)
-        at, growth = [*map(share, points), 1.0], [*(point.growth for point in points), 0.0]
+        at, growth = [*map(share, points), 1.0], [*(min(point.growth, _MOST) for point in points), 0.0]
         errors = [*(point.growth_error or 0.0 for point in points), 0.0]
         style = ("-", "--", ":")[number // len(COLORS) % 3]
         color = COLORS[number % len(COLORS)]
@@ -67,4 +68,4 @@ def _curves(axes: Axes, found: Tradeoff, share: Callable[[Point], float]) -> Non
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlim(right=1.01)
     highest, lowest = (pick(p.growth for p in found.points) for pick in (max, min))
-    axes.set_ylim(min(-_LINEAR / 2, 1.5 * lowest), min(max(2 * _LINEAR, 1.6 * highest), 1.5 * _TICKS[-1]))
+    axes.set_ylim(min(-_LINEAR / 2, 1.5 * lowest), min(max(2 * _LINEAR, 1.6 * highest), _MOST))
