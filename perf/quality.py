@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 import fewfire
-from fewfire.evaluate import perplexity_growth, token_nll
+from fewfire.damage import perplexity_growth
+from fewfire.evaluate import token_nll
 from fewfire.team import default_threads
 from fewfire.windows import cut_tokens
 from perf import machine, results
@@ -62,7 +63,7 @@ def summary(contender: Contender, loss: np.ndarray, cut: Sequence[Sequence[int]]
 
 def excess(loss: np.ndarray, base: np.ndarray, cut: Sequence[Sequence[int]]) -> dict[str, float]:
     """How many per cent the perplexity is over another's, and that figure's standard error over the windows."""
-    growth, error = perplexity_growth(loss, base, np.array([len(window) - 1 for window in cut]))
+    growth, error = perplexity_growth(loss - base, np.array([len(window) - 1 for window in cut]))
     return {"percent": rounded(100 * growth), "error": rounded(100 * error) if len(cut) > 1 else 0.0}
 
 

@@ -1,15 +1,20 @@
-"""Makes the sample text that `fewfire calibrate` uses by default: `python -m perf.sample`.
+"""Makes the sample text that `fewfire calibrate` uses by default: `python -m perf.sample --prose FILE ...`.
 
-The text is what the default model says by itself, at temperature 0.9, when it is given the openings below: stories,
-encyclopedic articles, dialogue, news, letters, recipes, mathematics, code, and answers in a chat. So it is text that
-the model meets when it generates, and it comes from nowhere else. The same model, format and seed on the same kind of
-CPU give the same text.
+More than half of it is what the default model says by itself, at temperature 0.9, when it is given the openings below:
+stories, encyclopedic articles, dialogue, news, letters, recipes, mathematics, code, and answers in a chat. It is what
+the model meets when it generates. But what a model says surprises it less than what people write, and a calibration on
+such text alone promises too much (perf/LOG.md, "a sample that people wrote"). So the rest are paragraphs of the files
+given, evenly spaced, between the model's pieces. In the sample that ships they are from three texts in the public
+domain: the Jargon File 4.4.7 (Debian's jargon-text), the Constitution and the Declaration of Independence of the United
+States (Debian's miscfiles). The same model, format and seed on the same kind of CPU give the same text.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -68,6 +73,7 @@ _ALONE = (
     "Roses are red,\nViolets are blue,\n",
     "In the second half, the home side",
 )  # fmt: skip
+_PROSE = 300  # characters that a paragraph has, or it is a title, a table, or a remark
 
 
 def openings(seed: int) -> list[tuple[str, bool]]:
@@ -81,11 +87,23 @@ def openings(seed: int) -> list[tuple[str, bool]]:
     return found
 
 
+def paragraphs(path: Path, characters: int) -> list[str]:
+    """Paragraphs of prose from a text file, perhaps gzipped, one a line; evenly spaced, about so many characters."""
+    opened = gzip.open if path.suffix in (".gz", ".dz") else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        blocks = [" ".join(block.split()) for block in re.split(r"\n\s*\n", file.read())]
+    prose = [re.sub(r"[{}]", "", block) for block in blocks if len(block) >= _PROSE and block[0].isalnum()]
+    every = max(1, sum(len(block) for block in prose) // characters)
+    return prose[::every]
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m perf.sample", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", default="smollm2", help="as for fewfire.load (default: %(default)s)")
     parser.add_argument("--weights", default="q8", help="default: %(default)s")
+    parser.add_argument("--prose", type=Path, nargs="*", default=[], help="texts that people wrote, perhaps gzipped")
+    parser.add_argument("--characters", type=int, default=120_000, help="of prose, in all (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=200, help="of each piece, at most (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
@@ -104,6 +122,10 @@ def main(argv: list[str] | None = None) -> None:
         else:
             pieces.append(text + model.generate(text, max_tokens=options.tokens, sampling=sampling).text.rstrip())
     print(file=sys.stderr)
+    prose = [each for path in options.prose for each in paragraphs(path, options.characters // len(options.prose))]
+    random.Random(options.seed).shuffle(prose)
+    for number, each in enumerate(prose):  # spread over the whole
+        pieces.insert(number * (len(found) + len(prose)) // len(prose), each)
     text = "\n\n".join(pieces).replace("\ufffd", "") + "\n"  # pieces may end within a character
     options.out.write_text("".join(c for c in text if c.isprintable() or c in "\n\t"), encoding="utf-8")
 

@@ -22,7 +22,7 @@ class ScriptedSession:
     def __init__(self, model: ScriptedModel) -> None:
         self.model, self.tokens, self.fed = model, [], []  # fed: one list per call
 
-    def feed(self, ids: Sequence[int], *, all_logits: bool = False) -> np.ndarray:
+    def feed(self, ids: Sequence[int], *, all_logits: bool = False, prompt: bool = False) -> np.ndarray:
         assert ids, "feeding nothing"
         if len(self.tokens) + len(ids) > self.model.context:
             raise ContextFullError("the engine must not be asked for this")

@@ -44,7 +44,7 @@ def _budget(context: click.Context, param: click.Parameter, value: str | None) -
 @click.option("--method", help="What decides, see below; several are joined with +.  [default: the fastest]")
 @click.option("--density", callback=_share, help="Share to read of the rows that the method may leave out, like 0.5.")
 @click.option("--budget", callback=_budget, help="Growth of perplexity to allow, like 1%.")
-@click.option("--text", type=click.Path(path_type=Path), help="Sample text.  [default: what smollm2 says by itself]")
+@click.option("--text", type=click.Path(path_type=Path), help="Sample text.  [default: what smollm2 says, and prose]")
 @click.option("--json", "as_json", is_flag=True, help="The result as a JSON object.")
 def calibrate(
     model: str,

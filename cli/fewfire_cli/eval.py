@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fewfire_cli import options
+from fewfire_cli.human import size
 from fewfire_cli.progress import ProgressBar
 from fewfire_cli.text import read_text
 
@@ -76,17 +77,14 @@ def eval_command(
     text = read_text(file)
     text = text[int(len(text) * part[0]) : int(len(text) * part[1])]
     loaded = options.load(model, **rest)
-    dense = options.load(model, **rest | {"dense": True}) if against else None
     with ProgressBar() as progress:
-        if dense:
-            result: Perplexity | Comparison = compare(
-                loaded, dense, text, window=window, limit=limit, progress=progress
-            )
+        if against:
+            result: Perplexity | Comparison = compare(loaded, text, window=window, limit=limit, progress=progress)
         else:
             result = perplexity(loaded, text, window=window, limit=limit, decode=decode, progress=progress)
     if as_json:
         about = {"model": model, "weights": loaded.weights, "window": window, "decoded": decode or bool(against)}
-        values = {k: None if math.isnan(v) else v for k, v in asdict(result).items()}
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(result).items()}
         click.echo(json.dumps(about | values))
     else:
         click.echo(_sentences(result))
@@ -100,9 +98,19 @@ def _sentences(result: Perplexity | Comparison) -> str:
             f"perplexity {result.ppl:.4f} ({result.nll:.4f} nats per token) over {result.tokens} tokens"
             f" in {result.seconds:.1f} s, {result.tokens_per_second:.1f} tokens/s"
         )
-    error = "" if math.isnan(result.growth_error) else f" ± {result.growth_error:.2%}"
     return (
-        f"perplexity {result.ppl:.4f}, dense {result.dense_ppl:.4f}: {result.growth:+.2%}{error}\n"
-        f"mean KL to dense {result.kl:.5f} nats, same likeliest token {result.agreement:.2%}\n"
-        f"over {result.tokens} tokens, both decoded in {result.seconds:.1f} s"
+        f"perplexity {result.ppl:.4f}, dense {result.dense_ppl:.4f}:"
+        f" {result.growth:+.2%}{_error(result.growth_error, '.2%')}\n"
+        f"KL to dense: mean {result.kl:.5f}{_error(result.kl_error, '.5f')} nats, median {result.kl_median:.5f},"
+        f" 99% {result.kl_99:.4f}, largest {result.kl_max:.3f}\n"
+        f"same likeliest token {result.agreement:.2%}{_error(result.agreement_error, '.2%')},"
+        f" over {result.tokens} tokens\n"
+        f"{result.method}: {size(result.bytes_per_token)} of weights a token instead of"
+        f" {size(result.dense_bytes_per_token)}, {result.tokens_per_second:.1f} tokens/s instead of"
+        f" {result.dense_tokens_per_second:.1f}"
     )
+
+
+def _error(error: float, form: str) -> str:
+    """` ± 0.12%`, nothing where it cannot be told."""
+    return f" ± {error:{form}}" if math.isfinite(error) else ""

@@ -55,19 +55,20 @@ def bench(
         raise ValueError(f"repeat must be at least 1, not {repeat}")
     if not prompt and not tokens:
         raise ValueError("prompt and tokens are both 0, so there is nothing to time")
-    tests = [("pp", prompt, prompt), ("tg", tokens, 1)]
-    return [_timing(model, f"{name}{count}", count, step, repeat, progress) for name, count, step in tests if count]
+    tests = [("pp", prompt), ("tg", tokens)]
+    return [_timing(model, name, count, repeat, progress) for name, count in tests if count]
 
 
-def _timing(model: Model, test: str, count: int, step: int, repeat: int, progress: Progress) -> Timing:
-    """Reads `count` tokens, `step` at a time."""
+def _timing(model: Model, name: str, count: int, repeat: int, progress: Progress) -> Timing:
+    """Reads `count` tokens, a prompt ("pp") at once and others one by one."""
+    test, prompt = f"{name}{count}", name == "pp"
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, count).tolist()
     session, seconds = model.session(), []
     for run in range(repeat + 1):
         progress(f"timing {test}", run, repeat + 1)
         session.rewind(0)
         start = time.perf_counter()
-        for at in range(0, count, step):
-            session.feed(ids[at : at + step])
+        for part in [ids] if prompt else [[token] for token in ids]:
+            session.feed(part, prompt=prompt)
         seconds.append(time.perf_counter() - start)
     return Timing(test, count, tuple(seconds[1:]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,15 +16,18 @@ from fewfire.calibration import Calibration, Trial
 from fewfire.errors import FewfireError
 from fewfire.progress import Progress, silent
 from fewfire.selectors import store
-from fewfire.selectors.methods import USUAL, missed, parse
+from fewfire.selectors.methods import missed, parse, usual
 from fewfire.selectors.store import About
 
 if TYPE_CHECKING:
     from fewfire.model import Model
 
 
+_TRIED = 2  # methods, of those that a budget may be kept with
+
+
 def sample_text() -> str:
-    """The default sample: what the default model says by itself, given all sorts of beginnings (perf/sample.py)."""
+    """The default sample: what the default model says by itself, between text that people wrote (perf/sample.py)."""
     return (Path(__file__).parent / "sample.txt").read_text(encoding="utf-8")
 
 
@@ -41,24 +45,29 @@ def calibrate(
     method: one of `selectors.methods.METHODS`, or several joined with "+"; None: with a budget, whatever is fastest.
     density: the share of the bytes of the rows which the method may leave out that is to be read, on average, over 0
     and at most 1. budget: by how much perplexity may grow, 0.01 for 1 %. Exactly one of the two. text: sample text of
-    the user's.
+    the user's. The engine is borrowed meanwhile: sessions in other threads wait.
 
     Raises `ValueError` for an impossible option or a text that is too short, `FewfireError` if no setting keeps the
-    budget, the model is being calibrated already, or the result cannot be written.
+    budget, the model is being calibrated already, or the result cannot be written; it then uses what it used before.
     """
     check(method, density, budget)
     store.check_writable(model.packed)
     name = "the default sample" if text is None else "text of the user's"
     work = Calibration(model, sample_text() if text is None else text, progress)
-    try:
+    with closing(work.notebook), model.engine.borrowed():
         if density is not None:
             assert method is not None
             picked = work.adjusted(method, density, work.spread(method))
             trials = [work.trial(method, picked, work.scored, f"measuring {method}")]
         else:
             assert budget is not None
-            trials = _within_budget(work, (method,) if method else USUAL, budget)
-        best, speedup = work.fastest(trials)
+            trials = _within_budget(work, (method,) if method else usual(model.packed), budget)
+        best, speedup, gain = work.fastest(trials)
+        if budget is not None and gain <= 1:
+            raise FewfireError(
+                f"nothing that keeps perplexity within {100 * budget:g} % is faster than no calibration: the best, "
+                f"{trials[best].method}, is {gain:.2f} times as fast; allow more"
+            )
         chosen, asked = trials[best], {"density": density} if density is not None else {"budget": budget}
         about = About(
             method=chosen.method,
@@ -75,9 +84,6 @@ def calibrate(
         selected = work.selection(chosen.method, chosen.densities)
         store.save(model.packed, selected, about)
         work.notebook.remove()
-    finally:
-        model.engine.select(None, dense=True)
-        work.notebook.close()
     model.engine.select(selected)
     return about
 
@@ -98,8 +104,8 @@ def check(method: str | None, density: float | None, budget: float | None) -> No
 
 def _within_budget(work: Calibration, methods: Sequence[str], budget: float) -> list[Trial]:
     """For each method the setting that should be fastest and keeps the budget; those that have none are left out."""
-    work.fit(methods)
     found, start = list[Trial](), math.log1p(budget)
+    methods = work.likely(methods, start)[:_TRIED]
     for number, method in enumerate(methods, start=1):
         best = work.within(budget, method, start, f"trying {method} ({number} of {len(methods)})")
         if best is not None:

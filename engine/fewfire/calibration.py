@@ -7,7 +7,7 @@ together spread a density over the parts of the model (`spread.py`). The rest of
 to, says what it costs in the end (`damage.py`).
 
 Promises that a killed calibration, made again, goes on where it stopped and comes to the same result. Uses the engine
-alone: no session may decode meanwhile, and what the engine selects is changed.
+alone, and changes what it selects: it is to be borrowed meanwhile (`Engine.borrowed`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 
 from fewfire import damage, spread, timing
 from fewfire.budget import search
+from fewfire.config import EXACT_ZEROS
 from fewfire.damage import Damage, Dense
 from fewfire.notebook import Notebook
 from fewfire.observe import Observation
@@ -30,7 +31,7 @@ from fewfire.revision import revision
 from fewfire.selectors import store
 from fewfire.selectors.choices import Cost, choices, governed_bytes, in_bytes, in_time
 from fewfire.selectors.fits import Fit
-from fewfire.selectors.methods import KINDS, parse, selection
+from fewfire.selectors.methods import KINDS, Method, parse, selection
 from fewfire.selectors.selection import Selection
 from fewfire.windows import some, windows
 
@@ -45,6 +46,7 @@ _SCORED = 4096  # tokens that a trial decodes, at most
 _PROBED = 384  # tokens that tell what a layer's error means, at most
 _WORK = 1.2e12  # bytes of weights that the probes of one kind, or a trial, may read
 _LEAST = 512  # tokens that a sample must have
+_PIECES = 8  # windows that there must be at least
 _PROBE_DENSITY = 0.3  # whose error, in the middle layer, all layers are probed at
 _MARGIN = 1.28  # standard errors: a budget is kept with a probability of 90 %
 _ADJUSTED = 256  # tokens that tell what share is read
@@ -67,8 +69,13 @@ class Trial:
 
     @property
     def bound(self) -> float:
-        """What perplexity grows by, at most as far as can be told."""
-        return float(self.measured["growth"] + _MARGIN * self.measured["growth_error"])
+        """What perplexity grows by, at most as far as can be told.
+
+        The divergence counts as well: it is what perplexity would grow by on text that the model says itself, on others
+        it grows by some more, and it scatters far less than that (perf/LOG.md, "a sample that people wrote").
+        """
+        grown = max(self.measured["growth"], math.expm1(self.measured["kl"]))
+        return float(grown + _MARGIN * self.measured["growth_error"])
 
 
 class Calibration:
@@ -76,10 +83,12 @@ class Calibration:
 
     def __init__(self, model: Model, text: str, progress: Progress = silent) -> None:
         self.model, self.packed, self.progress = model, model.packed, progress
-        cut = windows(model.tokenizer, model.config, text, min(_WINDOW, model.context))
-        tokens = sum(len(window) for window in cut)
-        if tokens < _LEAST or len(cut) < 4:
+        tokens = len(model.tokenizer.encode(text))
+        if tokens < _LEAST:
             raise ValueError(f"the text has {tokens} tokens, too few to calibrate on: at least {_LEAST} are needed")
+        size = min(_WINDOW, model.context, tokens // _PIECES)
+        cut = windows(model.tokenizer, model.config, text, size)
+        cut = [window for window in cut if len(window) > size // 2]
         held = max(1, round(_HELD * len(cut)))
         self.fitted, self.held = cut[:-held], cut[-held:]
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -123,6 +132,8 @@ class Calibration:
         def keep(kind: str, number: int, seen: Any) -> None:
             if (kind, number) in missing:
                 found[kind][number] = fit = KINDS[kind].fit(self.packed, seen)
+                if KINDS[kind].part == "ffn":
+                    fit["firing"] = np.array(np.mean(seen.fired != 0))
                 self.notebook.keep(f"{kind}-{number}", **fit)
 
         if missing:
@@ -148,7 +159,9 @@ class Calibration:
         decodes = _WORK / self.packed.bytes_per_token()
         tokens = max(48, min(_PROBED, int(decodes / count)))
         groups = np.array_split(np.arange(count), max(1, min(count, int(decodes / tokens))))
-        level = float(np.interp(_PROBE_DENSITY, fits[count // 2]["densities"], fits[count // 2]["errors"]))
+        middle = fits[count // 2]
+        density = _PROBE_DENSITY * float(middle.get("firing", 1.0))  # what is zero anyway does no damage
+        level = float(np.interp(density, middle["densities"], middle["errors"]))
         found, cut = list[float](), some(self.fitted, tokens)
         dense = self._dense(f"dense-probe-{tokens}", cut)
         for number, group in enumerate(groups):
@@ -195,15 +208,18 @@ class Calibration:
         """What a kind costs in time, in bytes that take as long: measured with the kind alone, everywhere alike."""
         fits, count = self.fits(kind), len(self.fits(kind))
         densities = _timed(kind, fits)
+        if densities[1] >= 1:  # there is nothing to choose from
+            return Cost(0.0)
 
         def compute() -> list[float]:
-            selections = [self.selection(kind, {kind: [density] * count}) for density in densities]
+            alone = Method(kind, (kind,))
+            selections = [selection(self.packed, alone, {kind: fits}, {kind: [d] * count}) for d in densities]
             return timing.side_by_side(self.model, [None, *selections], self.held[0], self.progress)
 
         dense, *times = self.notebook.number(f"times {kind}", compute)
         a_second = self.packed.bytes_per_token() / dense
         saved = {density: (dense - t) * a_second for density, t in zip(densities, times, strict=True)}
-        return in_time(self.packed, kind, count, saved)
+        return in_time(self.packed, kind, fits, saved)
 
     # --- choosing -----------------------------------------------------------------------------------------------------
 
@@ -247,17 +263,30 @@ class Calibration:
             share *= density / max(trial.density, 1e-3)
         return closest[1]
 
-    def fastest(self, trials: Sequence[Trial]) -> tuple[int, float]:
-        """The number of the fastest trial, and how much faster than dense it decodes, measured side by side."""
+    def fastest(self, trials: Sequence[Trial]) -> tuple[int, float, float]:
+        """The number of the fastest trial, how much faster than dense it decodes, and than without a calibration."""
 
         def compute() -> list[float]:
             selected = [self.selection(t.method, t.densities) for t in trials]
-            return timing.side_by_side(self.model, [None, *selected], self.held[0], self.progress)
+            uncalibrated = Selection("exact")  # which is dense in models without exact zeros
+            return timing.side_by_side(self.model, [None, uncalibrated, *selected], self.held[0], self.progress)
 
-        key = "times " + "".join(f"{t.method} {_digest(t.densities)} " for t in trials)
-        dense, *times = self.notebook.number(key, compute)
+        key = "fastest " + "".join(f"{t.method} {_digest(t.densities)} " for t in trials)
+        dense, uncalibrated, *times = self.notebook.number(key, compute)
         best = int(np.argmin(times))
-        return best, dense / times[best]
+        if self.packed.config.hidden_act not in EXACT_ZEROS:
+            uncalibrated = dense
+        return best, dense / times[best], uncalibrated / times[best]
+
+    def likely(self, methods: Sequence[str], limit: float) -> list[str]:
+        """The methods that should be fastest where so much damage is done, in nats, the fastest first."""
+        self.fit(methods)
+        cost = dict[str, float]()
+        for method in methods:
+            options = self.choices(method, timed=True)
+            governed = governed_bytes(self.packed, parse(method).kinds)
+            cost[method] = spread.total_cost(options, spread.within_damage(options, limit)) - governed
+        return sorted(methods, key=lambda method: cost[method])
 
     def within(self, budget: float, method: str, start: float, stage: str) -> tuple[Trial, float] | None:
         """The setting that should be fastest within a budget of growing perplexity, and its predicted damage.
@@ -298,11 +327,16 @@ def _density_for(fit: Fit, error: float) -> float:
 
 def _timed(kind: str, fits: Sequence[Fit]) -> tuple[float, float]:
     """Two densities that a kind is timed at, in the range where calibrations mostly end up."""
+    if KINDS[kind].part == "head":
+        densities, errors = (fits[0][name][:-1] for name in ("densities", "errors"))
+        if len(densities) < 2:
+            return 1.0, 1.0
+        low, high = (float(np.interp(-error, -errors, densities)) for error in _TIMED_ERRORS)
+        return (low, high) if low < high else (float(densities[0]), float(densities[-1]))
     least = max(float(fit["densities"][0]) for fit in fits)
-    if KINDS[kind].part != "head":
-        return max(_TIMED[0], least), max(_TIMED[1], least + 0.1)
-    low, high = (float(np.interp(-error, -fits[0]["errors"], fits[0]["densities"])) for error in _TIMED_ERRORS)
-    return low, max(high, low + 0.01)
+    firing = min(1.0, 2 * min(float(fit.get("firing", 1.0)) for fit in fits))
+    low, high = (max(share * firing, least) for share in _TIMED)
+    return low, max(high, low + 0.05)
 
 
 def _densities(options: Sequence[spread.Choice], picked: Sequence[int]) -> Densities:

@@ -1,17 +1,19 @@
 """From a packed model to kernel calls: the kernels' view of the model, and the calls themselves.
 
-An `Engine` is shared by all sessions of a model; a lock lets one forward pass run at a time, on all threads.
+An `Engine` is shared by all sessions of a model; a lock lets one forward pass run at a time, on all threads. Whoever
+borrows the engine to try selections holds that lock, and gives back what was selected.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from fewfire.buffers import Batch, Buffers, Workspace, head_width
-from fewfire.config import ACTIVATIONS
+from fewfire.config import ACTIVATIONS, EXACT_ZEROS
 from fewfire.kernels import attention, axpy, dense, gather, pointwise, rows
 from fewfire.kernels.compile import Compiled, Primitive
 from fewfire.kernels.decode import decode
@@ -80,7 +82,7 @@ class Engine:
     ) -> None:
         self.config = packed.config
         self._team = Team(threads)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         group = packed.config.num_attention_heads // packed.config.num_key_value_heads
         # Cached keys and values are as exact as the weights deserve.
         self._cache_format = "f32" if packed.weights in ("f32", "bf16") else "f16"
@@ -104,12 +106,30 @@ class Engine:
         with self._lock:
             self._use(selection, dense, self._work.positions)
 
+    @contextlib.contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """For this thread alone: sessions in others wait. What it selects is undone at the end, however that comes."""
+        with self._lock:
+            before = self._selection, self._dense
+            try:
+                yield
+            finally:
+                self.select(*before)
+
+    @property
+    def method(self) -> str:
+        """What decides at present what is left out: a selection's method, "exact" for a ReLU's zeros, or "dense"."""
+        if self._selection:
+            return self._selection.method
+        return "exact" if self.config.hidden_act in EXACT_ZEROS and not self._dense else "dense"
+
     def _use(self, selection: Selection | None, dense: bool, positions: int) -> None:
         """Makes the records and the buffers for a selection."""
         selection = fitting(self._packed, selection) if selection else None
         self._layers = layer_records(self._packed, selection, dense)
         self._model = _model(self._packed, self._primitives, self._cell, selection.screen if selection else None)
-        self._selection, self._work = selection, Workspace(self.config, self.threads, positions, selection)
+        self._selection, self._dense = selection, dense
+        self._work = Workspace(self.config, self.threads, positions, selection)
         self._unread = True
 
     def neurons_read(self) -> np.ndarray:
@@ -156,7 +176,7 @@ class Engine:
             cache.keep(position, self._selection.window if self._selection else 1)
             self._team.run(
                 decode, self._model.record, self._layers.record, work.record, cache.record,
-                token, position, logits.ctypes.data, keep=(self, work, cache, logits),
+                token, position, logits.ctypes.data, keep=(self, self._model, self._layers, work, cache, logits),
             )  # fmt: skip
 
     def prefill(self, tokens: Sequence[int], position: int, cache: KVCache, logits: np.ndarray) -> None:
@@ -176,7 +196,7 @@ class Engine:
             batch = self._batch
             self._team.run(
                 prefill, self._model.record, self._layers.record, batch.record, cache.record,
-                ids, position, rows, out.ctypes.data, keep=(self, batch, cache, out),
+                ids, position, rows, out.ctypes.data, keep=(self, self._model, self._layers, batch, cache, out),
             )  # fmt: skip
         if out is not logits:
             logits[:] = out[rows - padding - len(logits) : rows - padding]

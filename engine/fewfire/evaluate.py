@@ -5,19 +5,19 @@ but the first is scored. A model that wants a BOS token gets one at the start of
 the text's tokens are scored. Numbers of different windows, or of different tokenizers, are not comparable.
 
 What a selection leaves out shows only in decoding, one token at a time; a window that is read at once is dense.
+The comparison with dense is that of `damage.py`.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fewfire import damage
 from fewfire.errors import FewfireError
 from fewfire.progress import Progress, silent
 from fewfire.windows import windows
@@ -46,16 +46,29 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model beside a dense one, over the same `tokens` scored tokens, both decoding one by one."""
+    """A model beside itself with nothing left out, over the same `tokens` scored tokens, both decoding one by one.
 
+    Standard errors are over the windows, and infinite for a single one. KL is KL(dense || model) of the next token's
+    distribution, in nats, over dense's 1,024 most probable tokens and all others taken as one: at most the whole one.
+    """
+
+    method: str  # what decides what is left out
     ppl: float
     dense_ppl: float
     growth: float  # ppl / dense_ppl - 1
-    growth_error: float  # its standard error over the windows; NaN for one window
-    kl: float  # mean over the tokens of KL(dense || model) of the next token's distribution, in nats
+    growth_error: float
+    kl: float  # mean over the tokens
+    kl_error: float
+    kl_median: float
+    kl_99: float  # 99 % of the tokens have less
+    kl_max: float
     agreement: float  # share of the tokens after which both hold the same next token likeliest
+    agreement_error: float
     tokens: int
-    seconds: float
+    bytes_per_token: float  # of weights
+    dense_bytes_per_token: int
+    tokens_per_second: float  # decoding; of one after the other, so only roughly comparable
+    dense_tokens_per_second: float
 
 
 def perplexity(
@@ -65,94 +78,74 @@ def perplexity(
     window: int = 512,
     limit: int | None = None,
     decode: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Perplexity:
     """Scores a text, or its first `limit` tokens; `decode`: reads one token at a time, as in generation.
 
     Raises `ValueError` for an impossible window or limit and for a text with nothing to score, `FewfireError` if the
     model's logits are not finite.
     """
-    start, session, total, scored = time.perf_counter(), model.session(), 0.0, 0
-    for tokens in _windows(model, text, window, limit, progress or silent):
+    start, session, total, done = time.perf_counter(), model.session(), 0.0, 0
+    cut = _cut(model, text, window, limit)
+    every = sum(len(tokens) for tokens in cut)
+    for tokens in cut:
+        progress("perplexity", done, every)
         session.rewind(0)
         total += _window_nll(session, tokens, decode)
-        scored += len(tokens) - 1
-    nll = _finite(total) / scored
+        done += len(tokens)
+    progress("perplexity", done, every)
+    if not math.isfinite(total):
+        raise FewfireError(damage.NOT_FINITE)
+    scored = every - len(cut)
+    nll = total / scored
     return Perplexity(_exp(nll), nll, scored, time.perf_counter() - start)
 
 
 def compare(
-    model: Model,
-    dense: Model,
-    text: str,
-    *,
-    window: int = 512,
-    limit: int | None = None,
-    progress: Progress | None = None,
+    model: Model, text: str, *, window: int = 512, limit: int | None = None, progress: Progress = silent
 ) -> Comparison:
-    """What a model's selection costs on a text, or on its first `limit` tokens.
+    """What it costs on a text, or on its first `limit` tokens, that the model leaves something out.
 
-    `dense` is the same model, loaded with `dense=True`. Both decode, so that nothing but the selection differs: reading
-    a window at once would round activations in other places. Raises as `perplexity` does, and `ValueError` if the two
-    models do not have the same vocabulary.
+    Dense decodes, too, so that nothing but the selection differs: reading a window at once would round activations in
+    other places. The engine is borrowed for that: sessions in other threads wait. Raises as `perplexity` does, and
+    `ValueError` if the model leaves nothing out.
     """
-    if model.config.vocab_size != dense.config.vocab_size:
-        raise ValueError("only models with the same vocabulary can be compared")
-    if dense.context < window <= model.context:
-        raise ValueError(f"window must be from 2 to the dense model's context of {dense.context} tokens, not {window}")
-    start, sessions = time.perf_counter(), (model.session(), dense.session())
-    counts, losses, dense_losses, divergence, agreed = [], [], [], 0.0, 0
-    for tokens in _windows(model, text, window, limit, progress or silent):
-        for session in sessions:
-            session.rewind(0)
-        loss = np.zeros(2)
-        for token, target in pairwise(tokens):
-            log_p, log_dense = (log_softmax(session.feed([token])) for session in sessions)
-            loss -= log_p[target], log_dense[target]
-            divergence += float(np.exp(log_dense) @ (log_dense - log_p))
-            agreed += int(log_p.argmax() == log_dense.argmax())
-        counts.append(len(tokens) - 1)
-        losses.append(_finite(loss[0]))
-        dense_losses.append(_finite(loss[1]))
-    tokens_scored = sum(counts)
-    growth, error = perplexity_growth(np.array(losses), np.array(dense_losses), np.array(counts))
+    engine, method = model.engine, model.engine.method
+    if method == "dense":
+        raise ValueError("nothing is left out, so there is nothing to compare: run `fewfire calibrate` on the model")
+    cut = _cut(model, text, window, limit)
+    with engine.borrowed():
+        engine.select(None, dense=True)
+        dense = damage.observe_dense(model, cut, progress)
+        dense_bytes = engine.bytes_read()
+    found = damage.measure(model, cut, dense, progress, f"measuring {method}")
+    nll = -float(dense.target.mean())
     return Comparison(
-        ppl=_exp(sum(losses) / tokens_scored),
-        dense_ppl=_exp(sum(dense_losses) / tokens_scored),
-        growth=growth,
-        growth_error=error,
-        kl=divergence / tokens_scored,
-        agreement=agreed / tokens_scored,
-        tokens=tokens_scored,
-        seconds=time.perf_counter() - start,
+        method=method,
+        ppl=_exp(nll + float(found.grown.mean())),
+        dense_ppl=_exp(nll),
+        growth=found.growth,
+        growth_error=found.error,
+        kl=float(found.kl.mean()),
+        kl_error=found.error_of(found.kl),
+        kl_median=float(np.median(found.kl)),
+        kl_99=float(np.quantile(found.kl, 0.99)),
+        kl_max=float(found.kl.max()),
+        agreement=float(found.agree.mean()),
+        agreement_error=found.error_of(found.agree),
+        tokens=len(found.kl),
+        bytes_per_token=found.bytes_per_token,
+        dense_bytes_per_token=dense_bytes,
+        tokens_per_second=1 / float(found.seconds.mean()),
+        dense_tokens_per_second=1 / float(dense.seconds.mean()),
     )
 
 
-def perplexity_growth(losses: np.ndarray, base: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-    """By what share a perplexity is over another's, and that figure's standard error (NaN for one window).
-
-    losses, base: summed -log p of the same windows, `(windows,)`; counts: the tokens scored in each. Both saw the same
-    text, so the differences scatter far less than the perplexities themselves.
-    """
-    n, difference = len(counts), losses - base
-    mean = difference.sum() / counts.sum()
-    spread = float(((difference - mean * counts) ** 2).sum())
-    error = math.sqrt(spread * n / (n - 1)) / counts.sum() if n > 1 else math.nan
-    growth = math.expm1(min(mean, 700.0))
-    return growth, (1 + growth) * error
-
-
-def _windows(model: Model, text: str, window: int, limit: int | None, progress: Progress) -> Iterator[list[int]]:
-    """The windows of a text, with progress in tokens."""
+def _cut(model: Model, text: str, window: int, limit: int | None) -> list[list[int]]:
+    """The windows of a text."""
     if isinstance(window, bool) or not isinstance(window, int) or not 2 <= window <= model.context:
         raise ValueError(f"window must be from 2 to the model's context of {model.context} tokens, not {window!r}")
-    cut = windows(model.tokenizer, model.config, text, window, limit)
-    done, total = 0, sum(len(tokens) for tokens in cut)
-    for tokens in cut:
-        progress("perplexity", done, total)
-        yield tokens
-        done += len(tokens)
-    progress("perplexity", done, total)
+    return windows(model.tokenizer, model.config, text, window, limit)
 
 
 def _window_nll(session: Session, tokens: list[int], decode: bool) -> float:
@@ -161,29 +154,15 @@ def _window_nll(session: Session, tokens: list[int], decode: bool) -> float:
     total = 0.0
     for at in range(0, len(tokens) - 1, part):
         fed = tokens[at : min(at + part, len(tokens) - 1)]
-        total += float(token_nll(session.feed(fed, all_logits=True), tokens[at + 1 : at + 1 + len(fed)]).sum())
+        logits = session.feed(fed, all_logits=True, prompt=not decode)
+        total += float(token_nll(logits, tokens[at + 1 : at + 1 + len(fed)]).sum())
     return total
 
 
-def _finite(nll: float) -> float:
-    if not math.isfinite(nll):
-        raise FewfireError("the model computed no finite number for this text: its weights may be damaged")
-    return float(nll)
-
-
 def _exp(nll: float) -> float:
-    return math.exp(min(nll, 700.0))
+    return math.exp(min(nll, damage.LARGEST))
 
 
 def token_nll(logits: np.ndarray, targets: list[int]) -> np.ndarray:
     """-log p of each target under its row of `(T, vocab)` logits, `(T,)` float64."""
-    best = logits.max(axis=-1, keepdims=True)
-    log_total = np.log(np.exp(logits - best).sum(axis=-1, dtype=np.float64))
-    chosen = logits[np.arange(len(targets)), targets].astype(np.float64)
-    return log_total + best[:, 0] - chosen
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log probabilities of the tokens, `(..., vocab)` float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return damage.log_total(logits) - logits[np.arange(len(targets)), targets].astype(np.float64)

@@ -240,7 +240,7 @@ class Stream(Iterator[Piece]):
         same = common_prefix(session.tokens, ids)
         self._cached = min(same, len(ids) - 1)
         session.rewind(self._cached)
-        logits = session.feed(ids[self._cached :])
+        logits = session.feed(ids[self._cached :], prompt=True)
         self._prompt_seconds = time.perf_counter() - start
         return logits
 

@@ -98,8 +98,8 @@ class Model:
         return Session(self)
 
     def logits(self, prompt: str | Sequence[int]) -> np.ndarray:
-        """The next-token logits after each token of a prompt, `(tokens, vocab)` float32."""
-        return self.session().feed(generate.prompt_ids(self, prompt), all_logits=True)
+        """The next-token logits after each token of a prompt, `(tokens, vocab)` float32, with all weights."""
+        return self.session().feed(generate.prompt_ids(self, prompt), all_logits=True, prompt=True)
 
     def generate(
         self,

@@ -28,8 +28,11 @@ class Session:
         self.tokens: list[int] = []
         self._cache = model.engine.new_cache(min(_FIRST_CAPACITY, model.context))
 
-    def feed(self, ids: Sequence[int], *, all_logits: bool = False) -> np.ndarray:
+    def feed(self, ids: Sequence[int], *, all_logits: bool = False, prompt: bool = False) -> np.ndarray:
         """Reads tokens; returns the logits after the last one, `(vocab,)` float32, or after each, `(len(ids), vocab)`.
+
+        Several are read at once, with all weights. A single one is decoded, and what the model's selection leaves out
+        is not read, unless it is a `prompt`, or what is left of one.
 
         Raises `ValueError` for no tokens or an id outside the vocabulary, `ContextFullError` if they do not fit.
         """
@@ -44,7 +47,7 @@ class Session:
         for start in range(0, len(ids), BATCH):
             part, position = [int(i) for i in ids[start : start + BATCH]], len(self.tokens)
             rows = logits[start : start + BATCH] if all_logits else logits
-            if len(part) == 1:
+            if len(ids) == 1 and not prompt:
                 engine.decode(part[0], position, self._cache, rows[0])
             else:
                 engine.prefill(part, position, self._cache, rows)

@@ -13,17 +13,28 @@ from fewfire.selectors.selection import Selection
 if TYPE_CHECKING:
     from fewfire.model import Model
 
-_ROUNDS = 8
-_TOKENS = 24
+_ROUNDS = 12
+_TOKENS = 24  # of a turn, fewer where a turn would take more than so many seconds
+_TURN = 0.5
 
 
 def side_by_side(
     model: Model, selections: Sequence[Selection | None], window: Sequence[int], progress: Progress = silent
 ) -> list[float]:
-    """Median seconds that a token takes with each selection (None: dense), decoded after the first half of a window."""
-    session, half = model.session(), max(2, len(window) // 2)
-    tokens = window[half : half + _TOKENS]
-    session.feed(window[:half])
+    """Seconds that a token takes with each selection (None: dense), decoded after the first half of a window.
+
+    Of the first it is the median over rounds; of the others the median of what they take of the first's time in the
+    same round, which scatters far less. Raises `ValueError` for a window of fewer than 8 tokens.
+    """
+    if len(window) < 8:
+        raise ValueError(f"a window of {len(window)} tokens is too short to time anything with: at least 8 are needed")
+    session, half = model.session(), len(window) // 2
+    session.feed(window[: half - 1])
+    model.engine.select(selections[0], dense=selections[0] is None)
+    start = time.perf_counter()
+    session.feed([window[half - 1]])
+    fitting = int(_TURN / (time.perf_counter() - start))
+    tokens = window[half : half + min(_TOKENS, max(4, fitting))]
     seconds: list[list[float]] = [[] for _ in selections]
     for turn in range(_ROUNDS + 1):
         progress("timing", turn, _ROUNDS + 1)
@@ -34,4 +45,6 @@ def side_by_side(
             for token in tokens:
                 session.feed([token])
             found.append((time.perf_counter() - start) / len(tokens))
-    return [statistics.median(found[1:]) for found in seconds]  # the first turn warms up
+    first, *rest = [found[1:] for found in seconds]  # the first turn warms up
+    base = statistics.median(first)
+    return [base, *(base * statistics.median(t / b for t, b in zip(found, first, strict=True)) for found in rest)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -12,15 +13,17 @@ import pytest
 
 import tiny
 from decoding import decoded
-from fewfire import calibration
+from fewfire import calibration, timing
 from fewfire.calibrate import calibrate
 from fewfire.calibration import Calibration
 from fewfire.errors import FewfireError
 from fewfire.model import Model
 from fewfire.observe import Layer, Observation
 from fewfire.packed import Packed, open_packed
+from fewfire.progress import Progress
 from fewfire.selectors import store
-from fewfire.selectors.methods import KINDS, METHODS, USUAL, Kind, parse
+from fewfire.selectors.methods import KINDS, METHODS, Kind, parse, usual
+from fewfire.selectors.selection import Selection
 
 PackedPath = Callable[[str, str], Path]
 TEXT = tiny.PARAGRAPH * 6
@@ -68,17 +71,117 @@ def test_the_bytes_of_a_dense_token(packed_path: PackedPath) -> None:
 
 
 def test_a_budget(model: Model) -> None:
-    about = calibrate(model, budget=0.05, text=TEXT)
+    with mock.patch.object(timing, "side_by_side", pretended):
+        about = calibrate(model, budget=0.05, text=TEXT)
     assert about.growth < 0.05
-    assert {each["method"] for each in about.tried} <= set(USUAL)
+    assert {each["method"] for each in about.tried} <= set(usual(model.packed))
     assert len(about.tried) > 1
+    assert about.speedup > 1
     assert about.bytes_per_token < about.dense_bytes_per_token
+
+
+def pretended(
+    model: Model, selections: Sequence[Selection | None], window: Sequence[int], progress: Progress
+) -> list[float]:
+    """Times as if bytes were all that counts: those of a model this small say nothing."""
+    session, found = model.session(), []
+    for selection in selections:
+        model.engine.select(selection, dense=selection is None)
+        session.rewind(0)
+        session.feed(window[:1])
+        found.append(1e-9 * model.engine.bytes_read())
+    return found
+
+
+def test_nothing_slower_is_kept(model: Model) -> None:
+    def slower(model: Model, selections: Sequence[Selection | None], *rest: object) -> list[float]:
+        return [1.0] + [1.1] * (len(selections) - 1)
+
+    with mock.patch.object(timing, "side_by_side", slower), pytest.raises(FewfireError, match="faster than no calibra"):
+        calibrate(model, method="gate", budget=0.05, text=TEXT)
+    assert store.about(model.packed) is None
+
+
+def test_exact_zeros_are_no_merit_of_a_calibration(packed_path: PackedPath, tmp_path: Path) -> None:
+    """A selection must be faster than leaving out zeros, not only than dense."""
+    model = Model(open_packed(Path(shutil.copytree(packed_path("opt", "q4"), tmp_path / "packed"))), 1)
+
+    def no_faster(model: Model, selections: Sequence[Selection | None], *rest: object) -> list[float]:
+        return [1.0] + [0.5] * (len(selections) - 1)
+
+    with (
+        mock.patch.object(timing, "side_by_side", no_faster),
+        pytest.raises(FewfireError, match="faster than no calib"),
+    ):
+        calibrate(model, method="lowrank", budget=0.05, text=TEXT)
+
+
+@pytest.mark.parametrize("tokens", [511, 520, 700, 1026, 1100])
+def test_any_length_of_sample(model: Model, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    monkeypatch.setattr(calibration, "_WINDOW", 256)
+    text = model.tokenizer.decode(model.tokenizer.encode(tiny.PARAGRAPH * 20)[:tokens])
+    count = len(model.tokenizer.encode(text))
+    if count < 512:
+        with pytest.raises(ValueError, match=f"{count} tokens, too few"):
+            Calibration(model, text)
+        return
+    work = Calibration(model, text)
+    assert len(work.fitted) >= 5
+    assert sum(map(len, work.held)) > 0.1 * count
+    assert min(len(window) for window in work.held + work.fitted) >= 32
+
+
+def test_a_flat_head_has_nothing_to_screen(model: Model) -> None:
+    flat = {name: np.array([value]) for name, value in
+            {"densities": 1.0, "errors": 0.0, "missed": 0.0, "margins": np.inf}.items()}  # fmt: skip
+    with mock.patch.dict(KINDS, screen=KINDS["screen"]._replace(fit=lambda *_: dict(flat))):
+        work = Calibration(model, TEXT)
+        assert work.costs("screen") == (0.0, 1.0)
+        (choice,) = work.choices("screen", timed=True)
+    assert list(choice.settings) == [{"screen": 1.0}]
+
+
+def test_probes_of_a_model_that_is_sparse_by_itself_do_damage(packed_path: PackedPath, tmp_path: Path) -> None:
+    """Leaving out what is zero anyway says nothing: probes leave out some of what fires."""
+    model = Model(open_packed(Path(shutil.copytree(packed_path("opt", "q4"), tmp_path / "packed"))), 1)
+    work = Calibration(model, TEXT)
+    fits = work.fits("down")
+    assert 0 < float(fits[0]["firing"]) < 0.95
+    assert all(0 < weight < 1e4 for weight in work.weights("down"))
 
 
 def test_a_budget_that_nothing_keeps(model: Model) -> None:
     with mock.patch.object(Calibration, "within", return_value=None), pytest.raises(FewfireError, match="allow more"):
         calibrate(model, method="gate", budget=0.01, text=TEXT)
     assert store.about(model.packed) is None
+
+
+@pytest.mark.parametrize("before", ["calibrated", "exact"])
+def test_a_failed_calibration_leaves_the_model_as_it_was(before: str, packed_path: PackedPath, tmp_path: Path) -> None:
+    family = "llama-relu" if before == "exact" else "llama"
+    model = Model(open_packed(Path(shutil.copytree(packed_path(family, "q4"), tmp_path / "packed"))), 1)
+    if before == "calibrated":
+        calibrate(model, method="gate", density=0.4, text=TEXT)
+    expected, read = decoded(model), model.engine.neurons_read()
+    assert (read < model.config.intermediate_size).any()
+    failing = mock.patch.object(Calibration, "fastest", side_effect=KeyboardInterrupt)
+    with failing, pytest.raises(KeyboardInterrupt):
+        calibrate(model, method="down", density=0.9, text=TEXT)
+    np.testing.assert_array_equal(decoded(model), expected)
+    np.testing.assert_array_equal(model.engine.neurons_read(), read)
+
+
+def test_sessions_in_other_threads_wait_for_a_borrowed_engine(model: Model) -> None:
+    expected, found = decoded(model), list[np.ndarray]()
+    thread = threading.Thread(target=lambda: found.append(decoded(model)))
+    layers, neurons = model.config.num_hidden_layers, model.config.intermediate_size
+    with model.engine.borrowed():
+        model.engine.select(Selection("nothing", down=np.full((layers, neurons), np.inf, np.float32)))
+        thread.start()
+        assert (decoded(model) != expected).any()
+        assert not found
+    thread.join()
+    np.testing.assert_array_equal(found[0], expected)
 
 
 def test_a_killed_calibration_goes_on(model: Model, packed_path: PackedPath, tmp_path: Path) -> None:

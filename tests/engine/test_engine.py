@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 import oracle
-from fewfire import packed
+from fewfire import engine, packed
 from fewfire.checkpoint import open_checkpoint
 from fewfire.config import EXACT_ZEROS
 from fewfire.engine import BATCH
@@ -20,6 +22,7 @@ from fewfire.model import Model
 from fewfire.pack import pack
 from fewfire.packed import open_packed
 from fewfire.quantize import FORMATS
+from fewfire.selectors import Selection
 from tiny import FAMILIES, prompt, write_tiny
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -52,6 +55,41 @@ def logits(model: Model, ids: Sequence[int], *sizes: int) -> np.ndarray:
 def largest(a: np.ndarray, b: np.ndarray) -> float:
     assert a.shape == b.shape
     return float(np.abs(a - b).max())
+
+
+# --- interruptions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["decode", "prefill"])
+def test_what_an_interrupted_call_reads_is_kept_for_late_workers(
+    call: str, packed_path: PackedPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are still at it when another selection has taken the place of the one that they use."""
+    model, calls = model_of(packed_path("llama", "q4"), 1), list[int]()
+    ids = prompt(1 if call == "decode" else 9)
+    expected = model.session().feed(ids)
+    shape = model.config.num_hidden_layers, model.config.intermediate_size
+    model.engine.select(Selection("gate", gate=np.zeros(shape, np.float32)))
+    kernel = getattr(engine, call)
+
+    def interrupted(*arguments: Any) -> None:
+        calls.append(len(calls))
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        kernel(*arguments)
+
+    monkeypatch.setattr(engine, call, interrupted)
+    session = model.session()
+    with pytest.raises(KeyboardInterrupt):
+        session.feed(ids)
+    owners = [weakref.ref(model.engine._model), weakref.ref(model.engine._layers)]
+    model.engine.select(None)
+    gc.collect()
+    assert all(owner() is not None for owner in owners)
+    np.testing.assert_array_equal(session.feed(ids), expected)  # finishes the first call, then makes its own
+    gc.collect()
+    assert len(calls) == 3
+    assert all(owner() is None for owner in owners)
 
 
 # --- neurons that are zero --------------------------------------------------------------------------------------------

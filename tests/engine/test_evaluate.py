@@ -1,4 +1,6 @@
+import contextlib
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import pytest
 from fakes import BOS, ScriptedModel, ScriptedSession
 from fewfire import evaluate
 from fewfire.errors import FewfireError
-from fewfire.evaluate import compare, log_softmax, perplexity, perplexity_growth, token_nll
+from fewfire.evaluate import compare, perplexity, token_nll
 
 TEXT = "The lamp turns, the log is written up every evening, and the kettle on the stove is warm."
 
@@ -49,14 +51,16 @@ def test_decoding_reads_one_token_at_a_time():
     model, fed = Bigram(), []
 
     class Watched(ScriptedSession):
-        def feed(self, ids, *, all_logits=False):
-            fed.append(len(ids))
+        def feed(self, ids, *, all_logits=False, prompt=False):
+            fed.append((len(ids), prompt))
             return super().feed(ids, all_logits=all_logits)
 
     model.session = lambda: Watched(model)
     whole = perplexity(Bigram(), TEXT, window=20)
     assert perplexity(model, TEXT, window=20, decode=True).nll == pytest.approx(whole.nll)
-    assert set(fed) == {1}
+    assert set(fed) == {(1, False)}
+    assert perplexity(model, TEXT, window=2).nll
+    assert fed[-1] == (1, True)  # a window of two tokens has one to read, with all weights
 
 
 def test_parts_of_a_window_change_nothing(monkeypatch):
@@ -108,64 +112,86 @@ def test_token_nll_of_large_logits():
 
 
 class Blurred(Bigram):
-    """The bigram with its table's every second row halved."""
+    """A bigram whose selection halves every second row of its table."""
 
-    table = Bigram.table * np.where(np.arange(300) % 2, 1, 0.5)[:, None].astype(np.float32)
+    blurred = Bigram.table * np.where(np.arange(300) % 2, 1, 0.5)[:, None].astype(np.float32)
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.selected = True
+        self.engine = SimpleNamespace(
+            method="blur", borrowed=self.borrowed, select=self.select, bytes_read=lambda: 60 if self.selected else 100
+        )
+
+    @contextlib.contextmanager
+    def borrowed(self):
+        try:
+            yield
+        finally:
+            self.selected = True
+
+    def select(self, selection, dense):
+        assert (selection, dense) == (None, True)
+        self.selected = False
+
+    def logits_after(self, tokens):
+        return (self.blurred if self.selected else self.table)[tokens[-1]]
 
 
-def test_a_model_compared_with_itself():
-    result = compare(Bigram(), Bigram(), TEXT, window=7)
-    assert (result.growth, result.growth_error, result.kl, result.agreement) == (0, 0, 0, 1)
+def test_a_selection_that_changes_nothing():
+    model = Blurred()
+    model.blurred = model.table
+    result = compare(model, TEXT, window=7)
+    assert (result.growth, result.growth_error, result.kl, result.kl_max, result.agreement) == (0, 0, 0, 0, 1)
     assert result.ppl == result.dense_ppl == pytest.approx(perplexity(Bigram(), TEXT, window=7).ppl)
 
 
 def test_comparison_by_hand():
-    model, dense = Blurred(), Bigram()
-    model.table = model.table.copy()
-    model.table[:150] = model.table[:150, ::-1]  # another likeliest token after half of the tokens
-    calls, ids = [], dense.tokenizer.encode(TEXT)
-    result = compare(model, dense, TEXT, window=7, progress=lambda *a: calls.append(a))
+    model, calls = Blurred(), []
+    model.blurred = model.blurred.copy()
+    model.blurred[:150] = model.blurred[:150, ::-1]  # another likeliest token after half of the tokens
+    ids = model.tokenizer.encode(TEXT)
+    result = compare(model, TEXT, window=7, progress=lambda *a: calls.append(a))
     read = [ids[i - 1] for i in range(len(ids)) if i % 7]
-    p = np.exp(dense.table.astype(np.float64))
+    p = np.exp(model.table.astype(np.float64))
     p /= p.sum(axis=1, keepdims=True)
-    q = np.exp(model.table.astype(np.float64))
+    q = np.exp(model.blurred.astype(np.float64))
     q /= q.sum(axis=1, keepdims=True)
-    assert result.kl == pytest.approx(np.mean([(p[i] * np.log(p[i] / q[i])).sum() for i in read]), rel=1e-6)
+    kl = [(p[i] * np.log(p[i] / q[i])).sum() for i in read]
+    assert result.kl == pytest.approx(np.mean(kl), rel=1e-5)
+    found = (result.kl_median, result.kl_99, result.kl_max)
+    assert found == pytest.approx((np.median(kl), np.quantile(kl, 0.99), max(kl)), rel=1e-5)
+    assert 0 < result.kl_error < result.kl
     same = [p[i].argmax() == q[i].argmax() for i in read]
     assert 0 < np.mean(same) < 1
     assert result.agreement == pytest.approx(np.mean(same))
     assert result.ppl == pytest.approx(perplexity(model, TEXT, window=7).ppl)
-    assert result.dense_ppl == pytest.approx(perplexity(dense, TEXT, window=7).ppl)
+    assert result.dense_ppl == pytest.approx(perplexity(Bigram(), TEXT, window=7).ppl)
     assert result.growth == pytest.approx(result.ppl / result.dense_ppl - 1)
     assert result.tokens == len(read)
-    assert calls[-1] == ("perplexity", calls[-1][2], calls[-1][2])
+    assert (result.method, result.bytes_per_token, result.dense_bytes_per_token) == ("blur", 60, 100)
+    assert calls[-1] == ("measuring blur", len(read), len(read))
 
 
-def test_one_window_has_no_error_of_growth():
-    assert math.isnan(compare(Blurred(), Bigram(), TEXT, window=100).growth_error)
-
-
-def test_growth_and_its_error():
-    counts = np.array([2, 2, 1])
-    growth, error = perplexity_growth(np.array([3.3, 4.4, 5.5]), np.array([3.0, 4.0, 5.0]), counts)
-    assert growth == pytest.approx(math.exp(1.2 / 5) - 1)
-    assert error > 0
-    even = perplexity_growth(np.array([2.2, 2.2, 1.1]), np.array([2.0, 2.0, 1.0]), counts)
-    assert even == pytest.approx((math.exp(0.1) - 1, 0), abs=1e-9)  # every window grows alike
+def test_one_window_has_no_errors():
+    result = compare(Blurred(), TEXT, window=100)
+    assert result.growth_error == result.kl_error == result.agreement_error == math.inf
 
 
 def test_comparison_refuses_what_cannot_be_compared():
-    with pytest.raises(ValueError, match="vocabulary"):
-        compare(Bigram(), Bigram(vocab_size=7), TEXT, window=7)
-    with pytest.raises(ValueError, match="dense model's context of 50"):
-        compare(Bigram(), Bigram(context=50), TEXT, window=60)
-    broken = Bigram()
-    broken.logits_after = lambda tokens: np.full(300, np.nan, dtype=np.float32)
-    for pair in ((broken, Bigram()), (Bigram(), broken)):
-        with pytest.raises(FewfireError, match="finite"):
-            compare(*pair, TEXT, window=7)
+    model = Blurred()
+    model.engine.method = "dense"
+    with pytest.raises(ValueError, match=r"nothing is left out.*fewfire calibrate"):
+        compare(model, TEXT, window=7)
+    with pytest.raises(ValueError, match="context of 50"):
+        compare(Blurred(context=50), TEXT, window=60)
 
 
-def test_log_softmax_of_large_logits():
-    found = log_softmax(np.array([[1000.0, 1000.0], [0.0, 2000.0]], dtype=np.float32))
-    np.testing.assert_allclose(found, [[-math.log(2)] * 2, [-2000, 0]])
+@pytest.mark.parametrize("table", ["table", "blurred"])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_comparison_of_numbers_that_are_not_finite(table, wrong):
+    model = Blurred()
+    setattr(model, table, np.where(np.arange(300) == 299, np.float32(wrong), model.table))
+    with pytest.raises(FewfireError, match="finite"):
+        compare(model, TEXT, window=7)
+    assert model.selected

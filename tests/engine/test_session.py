@@ -6,6 +6,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from fewfire.errors import ContextFullError
 from fewfire.model import Model
 from fewfire.pack import pack
 from fewfire.packed import open_packed
+from fewfire.selectors import Selection
 from tiny import VOCAB_SIZE, prompt, write_tiny
 
 PackedPath = Callable[[str, str], Path]
@@ -130,6 +132,34 @@ def test_caches_grow(long: Model) -> None:
     np.testing.assert_allclose(again.feed(ids[:40]), expected[39], atol=2e-4)
     np.testing.assert_allclose(again.feed(ids[40:900], all_logits=True), expected[40:900], atol=2e-4)
     np.testing.assert_allclose(again.feed(ids[900:901]), expected[900], atol=2e-4)
+
+
+@pytest.mark.parametrize("length", [1, 2, 256, 257])
+@pytest.mark.parametrize("cached", ["nothing", "all", "some"])
+def test_a_prompt_is_read_with_all_weights(long: Model, length: int, cached: str) -> None:
+    """Also where one token is left over, by the batches or by what the session has."""
+    ids, neurons = prompt(length), (long.config.num_hidden_layers, long.config.intermediate_size)
+    expected, found = long.logits(ids)[-1], list[np.ndarray]()
+    with long.engine.borrowed():
+        long.engine.select(Selection("nothing", gate=np.full(neurons, np.inf, np.float32)))
+        session = long.session()
+        assert np.abs(session.feed([ids[0]]) - long.logits(ids[:1])[0]).max() > 0.1  # decoded, and then as a prompt
+        session.rewind(0)
+        if cached != "nothing":
+            session.feed(ids if cached == "all" else ids[: length // 2] or ids, prompt=True)
+        read = session.feed
+
+        def feed(ids: list[int], **options: bool) -> np.ndarray:
+            found.append(read(ids, **options))
+            return found[-1]
+
+        with patch.object(session, "feed", feed):
+            long.stream(ids, max_tokens=1, session=session).read()
+        every = long.logits(ids)
+    assert len(found) == 1
+    assert session.tokens == ids
+    np.testing.assert_allclose(found[0], expected, atol=2e-4)
+    np.testing.assert_allclose(every[-1], expected, atol=2e-4)
 
 
 def test_the_context_ends(packed_path: PackedPath) -> None:

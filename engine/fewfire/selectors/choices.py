@@ -8,7 +8,7 @@ that is read out of order counts as the bytes in order that take as long.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from fewfire.spread import Choice
 _GRID = np.round(np.arange(0.05, 1.001, 0.025), 3)  # densities to choose from
 _COARSE = _GRID[::2]  # of a part that has three kinds or more
 _HEAD = 60  # densities of the head, which is the only one that a hundredth may be enough for
+_DEAREST = 6.0  # that a byte of kept rows may seem: beyond that a measurement has failed
 
 #: What matrices each field of a selection leaves rows of out.
 _GOVERNS: dict[str, tuple[str, ...]] = {
@@ -57,16 +58,23 @@ def in_bytes(packed: Packed, fits: Mapping[str, Sequence[Fit]]) -> dict[str, Cos
     return {kind: Cost(_added(packed, kind, found)) for kind, found in fits.items()}
 
 
-def in_time(packed: Packed, kind: str, count: int, measured: Mapping[float, float]) -> Cost:
-    """The cost of a kind by how many bytes of a token it saved at two densities, the same in all of its `count` layers.
+def in_time(packed: Packed, kind: str, fits: Sequence[Fit], saved: Mapping[float, float]) -> Cost:
+    """The cost of a kind by what it saved at two densities, the same in all layers.
 
-    measured: bytes in order that take as long as what was saved, by density; negative where nothing was.
+    saved: bytes that take as long when read in order, of a token, by density; negative where it was slower than dense.
     """
-    size = _columns(packed).get(KINDS[kind].field, governed_bytes(packed, [kind]) / count)
-    (low, saved), (high, less) = sorted(measured.items())
-    factor = max(1.0, (saved - less) / ((high - low) * size * count))
-    spent = governed_bytes(packed, [kind]) - (saved + less) / 2
-    return Cost(max(0.0, spent / count - factor * size * (low + high) / 2), factor)
+    field, whole = KINDS[kind].field, governed_bytes(packed, [kind])
+    low, high = sorted(saved)
+    read = {d: sum(float(_cost(packed, {field: np.array(d)}, {field: Cost(0)}, _firing([fit]))) for fit in fits)
+            for d in saved}  # fmt: skip
+    factor = min(max((saved[low] - saved[high]) / max(read[high] - read[low], 1e-9), 1.0), _DEAREST)
+    added = whole - (saved[low] + saved[high]) / 2 - factor * (read[low] + read[high]) / 2
+    return Cost(max(0.0, added / len(fits)), factor)
+
+
+def _firing(fits: Iterable[Fit]) -> float:
+    """The share of neurons of a layer that are not exactly zero, which no method reads the rows of."""
+    return min((float(fit["firing"]) for fit in fits if "firing" in fit), default=1.0)
 
 
 def choices(
@@ -89,7 +97,8 @@ def choices(
             grids = dict(zip(here, np.meshgrid(*_axes(part, here), indexing="ij"), strict=True))
             damage: Any = sum(weights[k][layer] * np.interp(d, here[k]["densities"], here[k]["errors"])
                               for k, d in grids.items())  # fmt: skip
-            cost = _cost(packed, {KINDS[kind].field: density for kind, density in grids.items()}, spent)
+            asked = {KINDS[kind].field: density for kind, density in grids.items()}
+            cost = _cost(packed, asked, spent, _firing(here.values()))
             found.append(_front(cost.reshape(-1), damage.reshape(-1), grids))
     return found
 
@@ -98,7 +107,7 @@ def _axes(part: str, fits: Mapping[str, Fit]) -> list[np.ndarray]:
     """The densities of each kind, rising, as far as they were measured."""
     if part == "head":  # from the largest that was measured on, a screen keeps everything
         measured = [fit["densities"] for fit in fits.values()]
-        return [np.append(np.geomspace(each[0], each[-2], _HEAD), 1.0) for each in measured]
+        return [np.append(np.geomspace(each[0], each[-2], _HEAD) if len(each) > 1 else [], 1.0) for each in measured]
     least = [float(fit["densities"][0]) for fit in fits.values()]
     grid = _GRID if len(fits) < 3 else _COARSE
     return [np.append(grid[(grid >= each) & (grid < 1)], 1.0) for each in least]
@@ -114,12 +123,13 @@ def _front(cost: np.ndarray, damage: np.ndarray, densities: Mapping[str, np.ndar
     return Choice(cost[chosen].astype(float), damage[chosen].astype(float), settings)
 
 
-def _cost(packed: Packed, densities: Mapping[str, np.ndarray], costs: Mapping[str, Cost]) -> np.ndarray:
+def _cost(packed: Packed, densities: Mapping[str, np.ndarray], costs: Mapping[str, Cost], firing: float) -> np.ndarray:
     """What a layer, or the head, costs at densities by field, of all that these fields decide about."""
     size, column, every = _matrices(packed), _columns(packed), np.ones(())
     predicted = densities.get("predictor", every)
-    # What a later test keeps, nearly all earlier ones do: they look for the same neurons.
-    fired = np.minimum(predicted, np.minimum(densities.get("gate", every), densities.get("top", every)))
+    # At most so many pass two tests: they look for the same neurons, though not for quite the same.
+    tests = [densities.get(field, every) for field in ("predictor", "gate", "top")]
+    fired = np.minimum.reduce(np.broadcast_arrays(*tests, np.array(firing)))
     share = {"gate": predicted, "up": fired, "down": np.minimum(fired, densities.get("down", every))}
     if "screen" in densities:
         share["head"] = densities["screen"]
@@ -128,7 +138,8 @@ def _cost(packed: Packed, densities: Mapping[str, np.ndarray], costs: Mapping[st
         factor: Any = 1.0
         for field in densities.keys() - column.keys():
             if name in _GOVERNS[field]:
-                factor = np.maximum(factor, np.where(densities[field] < 1, costs[field].factor, 1))
+                some = (densities[field] < 1) | (firing < 1)
+                factor = np.maximum(factor, np.where(some, costs[field].factor, 1))
         found = found + size[name] * share.get(name, every) * factor
     for field in column.keys() & densities.keys():
         rows, density = sum(size[name] for name in _GOVERNS[field]), densities[field]

@@ -81,7 +81,7 @@ def fill_ffn(packed: Packed, fits: Sequence[Fit], densities: Sequence[float]) ->
 
 
 def _fill(packed: Packed, part: str, fits: Sequence[Fit], densities: Sequence[float]) -> Columns:
-    limits = np.stack([Curve(**fit).thresholds(density) for fit, density in zip(fits, densities, strict=True)])
+    limits = np.stack([Curve.of(fit).thresholds(density) for fit, density in zip(fits, densities, strict=True)])
     return Columns(_columns(packed, part, np.flatnonzero((limits >= 0).any(axis=1))), limits)
 
 

@@ -50,7 +50,7 @@ def _curve(packed: Packed, layer: Layer, values: np.ndarray, weights: np.ndarray
 
 
 def _thresholds(packed: Packed, fits: Sequence[Fit], densities: Sequence[float]) -> np.ndarray:
-    found = np.stack([Curve(**fit).thresholds(d) for fit, d in zip(fits, densities, strict=True)])
+    found = np.stack([Curve.of(fit).thresholds(d) for fit, d in zip(fits, densities, strict=True)])
     # Zeros are left out at every density: that costs nothing.
     return np.maximum(found, np.float32(0)) if packed.config.hidden_act in EXACT_ZEROS else found
 
@@ -87,9 +87,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     "o": ("o",),
     "screen": ("screen",),
 }
-#: What is tried if no method is asked for. What one has, another need not repeat with less: each layer decides by
-#: itself whether a kind is worth its bytes there.
-USUAL = ("gate+screen", "gate+down+o+screen")
+#: What is considered if no method is asked for. What one has, another need not repeat with less: each layer decides by
+#: itself whether a kind is worth its time there. See perf/LOG.md, "budgets are spread by time", for what is not here.
+_USUAL = ("gate+screen", "gate+down+o+screen")
+_USUAL_ZEROS = ("screen", "lowrank+screen", "lowrank+o+screen")  # of models that leave out zeros already
 _REUSE = re.compile(r"reuse-([1-9][0-9]{0,3})")
 
 
@@ -121,6 +122,11 @@ def parse(name: str) -> Method:
     return found
 
 
+def usual(packed: Packed) -> tuple[str, ...]:
+    """The methods that are considered for a model if none is asked for."""
+    return _USUAL_ZEROS if packed.config.hidden_act in EXACT_ZEROS else _USUAL
+
+
 def known() -> str:
     """The names of all methods, for people."""
     return ", ".join([*METHODS, "reuse-8"])
@@ -128,13 +134,13 @@ def known() -> str:
 
 def _conflict(kinds: Sequence[str], windows: Sequence[int]) -> str:
     """Why kinds cannot be combined; nothing if they can."""
-    fields = [KINDS[kind].field for kind in kinds]
-    neurons = set(fields) & {"gate", "down", "top", "predictor"}
-    if fields.count("predictor") > 1:
+    decided = [KINDS[kind].field for kind in kinds]
+    neurons = set(decided) & {"gate", "down", "top", "predictor"}
+    if decided.count("predictor") > 1:
         return "one predictor decides, not two"
-    if {"predictor", "top"} <= set(fields):
+    if {"predictor", "top"} <= set(decided):
         return "topk compares all neurons, and a predictor leaves some of them uncomputed"
-    if "ffn" in fields and neurons - {"down"}:
+    if "ffn" in decided and neurons - {"down"}:
         return "columns compute every gate and up, so that no neuron is left to drop before (qkv+o leave the FFN alone)"
     if len(windows) > 1 or 1 in windows:
         return "reuse-N is for one number of tokens, 2 or more"
@@ -152,8 +158,12 @@ def selection(
 
 
 def missed(fits: Mapping[str, Sequence[Fit]], densities: Mapping[str, Sequence[float]]) -> float | None:
-    """An upper bound (95 %) on the share of tokens whose most probable next token a screen misses, None without one."""
+    """An upper bound (95 %) on the share of tokens whose most probable next token a screen misses, None without one.
+
+    On text like the sample; it is that of the next smaller margin that was measured.
+    """
     for kind, found in fits.items():
         if KINDS[kind].part == "head":
-            return float(np.interp(densities[kind][0], found[0]["densities"], found[0]["missed"]))
+            place = int(np.searchsorted(found[0]["densities"], densities[kind][0], side="right")) - 1
+            return float(found[0]["missed"][max(place, 0)])
     return None

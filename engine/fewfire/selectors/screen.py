@@ -68,7 +68,11 @@ def fill(packed: Packed, fits: Sequence[Fit], densities: Sequence[float]) -> Scr
     if not measured[0] <= density <= 1:
         raise ValueError(f"density must be from {measured[0]:.2g}, the least that was measured, to 1, not {density}")
     kept = len(measured) - 1
-    margin = np.inf if density > measured[kept - 1] else np.interp(density, measured[:kept], found["margins"][:kept])
+    margin = (
+        np.inf
+        if density == 1 or density > measured[kept - 1]
+        else np.interp(density, measured[:kept], found["margins"][:kept])
+    )
     return Screen(found["rows"], found["basis"], int(found["rank"]), found["bias"], float(margin))
 
 

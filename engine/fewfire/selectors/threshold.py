@@ -10,8 +10,8 @@ All arrays are float32 of one layer; T are tokens of sample text. Knows nothing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -88,6 +88,11 @@ class Curve:
     cuts: np.ndarray  # (D,) of weight * |value|
     errors: np.ndarray  # (D,)
     weights: np.ndarray  # (neurons,)
+
+    @classmethod
+    def of(cls, fit: Mapping[str, np.ndarray]) -> Curve:
+        """The curve in a fit, whatever else that has."""
+        return cls(*(fit[field.name] for field in fields(cls)))
 
     def cut(self, density: float) -> float:
         """What weight * |value| has to be over, between the measured densities by linear interpolation."""

@@ -119,11 +119,11 @@ def test_time_is_learnt_from_two_densities(packed: Packed) -> None:
         whole = governed_bytes(packed, [kind])
         slope, added = random.uniform(1.2, 3) * whole, random.uniform(0, 0.2) * whole
         if kind == "o":
-            slope = 3 * slope  # a byte of columns must not seem cheaper than one of rows
+            slope = 2 * slope  # a byte of columns must not seem cheaper than one of rows
         saved = {density: whole - added - slope * density for density in (0.3, 0.6)}
-        cost = in_time(packed, kind, count, saved)
-        assert cost.factor > 1
         found = {kind: [{"densities": np.array([0.1, 1.0]), "errors": np.array([1.0, 0.0])}] * count}
+        cost = in_time(packed, kind, found[kind], saved)
+        assert cost.factor > 1
         for choice in choices(packed, found, {kind: [1.0] * count}, {kind: cost}):
             for each, setting in list(zip(choice.cost, choice.settings, strict=True))[1:]:
                 assert each * count == pytest.approx(added + slope * setting[kind])
@@ -131,7 +131,7 @@ def test_time_is_learnt_from_two_densities(packed: Packed) -> None:
 
 
 def test_noise_does_not_make_rows_out_of_order_cheaper(packed: Packed) -> None:
-    cost = in_time(packed, "down", 2, {0.3: -5.0, 0.6: 900.0})
+    cost = in_time(packed, "down", fits(packed, "down")["down"], {0.3: -5.0, 0.6: 900.0})
     assert cost.factor == 1
     assert cost.added >= 0
 
@@ -148,3 +148,17 @@ def test_dear_rows_count_where_two_kinds_meet(packed: Packed) -> None:
             factor = 2.0 if fewer else 1.5 if gated else 1.0
             wanted = n * (up * s["gate"] * (1.5 if gated else 1) + down * min(s["gate"], s["down"]) * factor)
             assert cost == pytest.approx(wanted + 10 * gated + 20 * fewer)
+
+
+def test_zeros_cost_nothing_at_any_density(packed: Packed) -> None:
+    """Where a share of neurons is exactly zero, a predictor that keeps more than fires reads no more of up and down."""
+    c, of = packed.config, packed.formats
+    row, down = row_bytes(of.rows, c.hidden_size), row_bytes(of.down, c.hidden_size)
+    found = fits(packed, "lowrank")
+    for fit in found["lowrank"]:
+        fit["firing"] = np.array(0.3)
+    for choice in choices(packed, found, weights(packed, "lowrank"), in_bytes(packed, found)):
+        for cost, s in zip(choice.cost, choice.settings, strict=True):
+            fired = min(s["lowrank"], 0.3)
+            wanted = c.intermediate_size * (row * s["lowrank"] + (row if c.gated else 0) * fired + down * fired)
+            assert cost == pytest.approx(wanted + (10 * 20 + 4 * 5 if s["lowrank"] < 1 else 0))

@@ -69,5 +69,7 @@ def test_a_selection_has_the_parts_of_its_kinds(monkeypatch: pytest.MonkeyPatch)
 
 def test_missed() -> None:
     fit = {"densities": np.array([0.1, 0.3, 1.0]), "missed": np.array([0.2, 0.1, 0.0])}
-    assert methods.missed({"screen": [fit], "gate": []}, {"screen": [0.2], "gate": []}) == pytest.approx(0.15)
+    assert methods.missed({"screen": [fit], "gate": []}, {"screen": [0.2], "gate": []}) == 0.2
+    assert methods.missed({"screen": [fit]}, {"screen": [0.3]}) == 0.1
+    assert methods.missed({"screen": [fit]}, {"screen": [1.0]}) == 0.0
     assert methods.missed({"gate": []}, {"gate": []}) is None
