@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -110,22 +111,20 @@ def tradeoff(
     tokens: int = 2048,
     progress: Progress = silent,
 ) -> Tradeoff:
-    """Measures methods at densities on at most so many tokens of a text's held-out part, and leaves the model dense.
+    """Measures methods at densities on at most so many tokens of a text's held-out part.
 
-    text: the default sample if None. What was fitted stays with the packed model for a week: `calibrate` with the same
-    text goes on from there. Raises what `calibrate` raises for a method and a density.
+    text: the default sample if None. The engine is borrowed: sessions in other threads wait, and what it selects comes
+    back. What was fitted stays with the packed model for a week: `calibrate` with the same text goes on from there.
+    Raises what `calibrate` raises for a method and a density.
     """
     check(methods, densities, tokens)
     work = Calibration(model, calibrate.sample_text() if text is None else text, progress)
-    try:
+    with closing(work.notebook), model.engine.borrowed():
         work.fit(methods)
         judge = Judge(work, some(work.held, tokens))
         points = tuple(point for method in methods for point in judge.points(method, densities))
         dense_bytes = model.packed.bytes_per_token()
         return Tradeoff(model.packed.name, model.packed.weights, judge.tokens, judge.perplexity, dense_bytes, points)
-    finally:
-        model.engine.select(None, dense=True)
-        work.notebook.close()
 
 
 def check(methods: Sequence[str], densities: Sequence[float], tokens: int) -> None:

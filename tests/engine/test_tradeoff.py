@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from fewfire import calibration, damage
 from fewfire.calibration import Calibration
 from fewfire.model import Model
 from fewfire.packed import open_packed
-from fewfire.selectors import store
+from fewfire.selectors import Selection, store
 from fewfire.tradeoff import Judge, tradeoff
 
 TEXT = tiny.PARAGRAPH * 6
@@ -81,3 +82,12 @@ def test_impossible_options(model: Model, methods: list[str], densities: list[fl
     with pytest.raises(ValueError, match=words):
         tradeoff(model, methods, densities, text=TEXT, tokens=tokens)
     Calibration(model, TEXT)  # which nobody has open
+
+
+def test_what_was_selected_comes_back(model: Model) -> None:
+    layers, neurons = model.config.num_hidden_layers, model.config.intermediate_size
+    model.engine.select(Selection("gate", gate=np.full((layers, neurons), 0.1, np.float32)))
+    before = decoded(model)
+    with mock.patch.object(Judge, "points", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        tradeoff(model, ["gate"], [0.5], text=TEXT)
+    np.testing.assert_array_equal(decoded(model), before)
