@@ -11,6 +11,7 @@ import click
 from fewfire_cli import options, terminal
 from fewfire_cli.progress import ProgressBar
 from fewfire_cli.text import read_text
+from fewfire_cli.tradeoff import table
 
 if TYPE_CHECKING:
     from fewfire.analyze import Analysis, LayerSparsity
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from fewfire.selectors import Selection
 
 _WINDOW = 512
+_DENSITIES = [0.9, 0.7, 0.5, 0.3]
 _RUNS = (8, 32, 128)  # tokens in a row that the table shows
 
 
@@ -27,12 +29,37 @@ def _picture(_: click.Context, param: click.Parameter, value: Path | None) -> Pa
     return value
 
 
+def _methods(_: click.Context, __: click.Parameter, value: str | None) -> list[str]:
+    return [name.strip() for name in value.split(",")] if value else []
+
+
+def _densities(_: click.Context, param: click.Parameter, value: str | None) -> list[float]:
+    try:
+        return [float(share) for share in value.split(",")] if value else []
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of shares like 0.7,0.5,0.3", param=param) from None
+
+
 @click.command()
 @click.argument("model", default=options.DEFAULT_MODEL)
 @options.weights_option
 @click.option("--dense", is_flag=True, help="Do not judge the predictor of a calibration.")
 @click.option("--text", type=click.Path(path_type=Path), help="A text file to read.  [default: a sample of our own]")
-@click.option("--tokens", default=2048, show_default=True, help="Read the first so many tokens.")
+@click.option(
+    "--tokens", default=2048, show_default=True, help="Read the first so many tokens; with --methods, score so many."
+)
+@click.option(
+    "--methods",
+    callback=_methods,
+    metavar="M,..",
+    help="Measure what these cost, instead: see fewfire calibrate --help.",
+)
+@click.option(
+    "--densities",
+    callback=_densities,
+    metavar="D,..",
+    help="With --methods: shares to read of what a method may leave out.  [default: 0.9,0.7,0.5,0.3]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Everything that was measured, as a JSON object.")
 @click.option(
     "--plot",
@@ -42,18 +69,35 @@ def _picture(_: click.Context, param: click.Parameter, value: Path | None) -> Pa
     help="Draw pictures: one each in a directory, or all on a page. Needs fewfire[plot].",
 )
 def analyze(
-    model: str, weights: str, dense: bool, text: Path | None, tokens: int, as_json: bool, plot: Path | None
+    model: str,
+    weights: str,
+    dense: bool,
+    text: Path | None,
+    tokens: int,
+    methods: list[str],
+    densities: list[float],
+    as_json: bool,
+    plot: Path | None,
 ) -> None:
     """Emergent sparsity of MODEL: how few neurons matter to a token, layer by layer.
 
     Measured with every neuron computed, in the manner of the papers on lazy neurons. If MODEL has been calibrated with
     a predictor, says how well that predicts.
 
+    With --methods, how much worse the predictions get when methods leave weights out: each is calibrated on a part of
+    the text and judged on the rest. MODEL is left as it is.
+
     \b
     Example:
       fewfire analyze smollm2
       fewfire analyze smollm2 --text book.txt --plot smollm2.png
+      fewfire analyze smollm2 --methods gate,down,lowrank --plot methods.png
     """
+    if densities and not methods:
+        raise click.UsageError("--densities goes with --methods, which names what to measure at them")
+    if methods:
+        _tradeoff(model, weights, text, tokens, methods, densities or _DENSITIES, as_json, plot)
+        return
     if plot:
         from fewfire.pictures import draw  # at once, so that a missing matplotlib is not told after minutes of work
     from fewfire.analyze import analyze as measured
@@ -79,6 +123,30 @@ def _calibration(packed: Packed) -> Selection | None:
     except CheckpointError as error:
         terminal.note(str(error))
         return None
+
+
+def _tradeoff(
+    model: str,
+    weights: str,
+    text: Path | None,
+    tokens: int,
+    methods: list[str],
+    densities: list[float],
+    as_json: bool,
+    plot: Path | None,
+) -> None:
+    if plot:
+        from fewfire.tradeoffpicture import draw
+    from fewfire.tradeoff import check, tradeoff
+
+    check(methods, densities, tokens)
+    sample = read_text(text) if text else None
+    loaded = options.load(model, weights, None, None, dense=True)
+    with ProgressBar() as progress:
+        found = tradeoff(loaded, methods, densities, text=sample, tokens=tokens, progress=progress)
+    click.echo(json.dumps(found.to_dict(), ensure_ascii=False) if as_json else table(found))
+    for path in draw(found, plot) if plot else ():
+        terminal.note(f"wrote {path}")
 
 
 def _sample() -> str:

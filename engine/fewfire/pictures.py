@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,9 +26,10 @@ try:
 except ImportError:
     raise FewfireError("pictures need matplotlib: pip install 'fewfire[plot]'") from None
 
+T = TypeVar("T")
 _LAYERS = colormaps["viridis"]
 _CHANCE: dict[str, Any] = {"color": "#8a8a8a", "linestyle": "--", "linewidth": 1}
-_COLORS = ("#0b6e99", "#c8553d", "#588157", "#b08900")  # apart for colour-blind eyes too
+COLORS = ("#0b6e99", "#c8553d", "#588157", "#b08900")  # apart for colour-blind eyes too
 _SIZE = (5.2, 3.7)  # of one picture, in inches
 
 
@@ -45,7 +46,7 @@ def draw(analysis: Analysis, path: Path) -> list[Path]:
         page.suptitle(_caption(analysis), fontsize=11)
         panels = list(page.subplots(2, columns).flat)
         for axes, picture in zip(panels, pictures.values(), strict=False):
-            _paint(axes, picture, analysis)
+            paint(axes, picture, analysis)
         for axes in panels[len(pictures) :]:
             axes.set_axis_off()
         page.savefig(path)
@@ -54,7 +55,7 @@ def draw(analysis: Analysis, path: Path) -> list[Path]:
     written = []
     for name, picture in pictures.items():
         figure = Figure(figsize=_SIZE, dpi=150, layout="constrained")
-        _paint(figure.subplots(), picture, analysis)
+        paint(figure.subplots(), picture, analysis)
         figure.supxlabel(_caption(analysis), fontsize=6, color="#666666")
         written.append(path / f"{name}.png")
         figure.savefig(written[-1])
@@ -83,11 +84,12 @@ def _caption(analysis: Analysis) -> str:
     )
 
 
-def _paint(axes: Axes, picture: Callable[[Axes, Analysis], None], analysis: Analysis) -> None:
+def paint(axes: Axes, picture: Callable[[Axes, T], None], content: T) -> None:
+    """Draws a picture of something in the style of all."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25, linewidth=0.6)
-    picture(axes, analysis)
+    picture(axes, content)
     axes.title.set(fontsize=10, fontweight="bold")
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set_fontsize(9)
@@ -96,7 +98,7 @@ def _paint(axes: Axes, picture: Callable[[Axes, Analysis], None], analysis: Anal
 def _depth(axes: Axes, analysis: Analysis) -> None:
     """How many neurons hold the energy, and how many hardly fire, layer by layer."""
     numbers = [layer.number for layer in analysis.layers]
-    for color, place in zip(_COLORS, reversed(range(len(SHARES))), strict=False):
+    for color, place in zip(COLORS, reversed(range(len(SHARES))), strict=False):
         label = f"hold {SHARES[place]:.0%} of the energy"
         axes.plot(numbers, [layer.energy[place] for layer in analysis.layers], ".-", color=color, label=label)
     idle = [layer.zeros if analysis.exact else layer.small for layer in analysis.layers]
@@ -154,8 +156,8 @@ def _overlap(axes: Axes, analysis: Analysis) -> None:
     """How many of a token's active neurons the token before had too."""
     numbers = [layer.number for layer in analysis.layers]
     kept, chance = ([getattr(layer, name) for layer in analysis.layers] for name in ("kept", "active"))
-    axes.fill_between(numbers, chance, kept, color=_COLORS[0], alpha=0.12, linewidth=0)
-    axes.plot(numbers, kept, ".-", color=_COLORS[0], label="measured")
+    axes.fill_between(numbers, chance, kept, color=COLORS[0], alpha=0.12, linewidth=0)
+    axes.plot(numbers, kept, ".-", color=COLORS[0], label="measured")
     axes.plot(numbers, chance, **_CHANCE, label="by chance")
     _percent(axes, y="share of a token's active neurons", top=1.12)
     _layer_axis(axes)
@@ -184,7 +186,7 @@ def _aggregated(axes: Axes, analysis: Analysis) -> None:
 def _predictor(axes: Axes, analysis: Analysis) -> None:
     """How well the predictor guesses, and how much it reads, layer by layer."""
     numbers = [layer.number for layer in analysis.layers]
-    for color, name in zip(_COLORS, ("recall", "precision", "density"), strict=False):
+    for color, name in zip(COLORS, ("recall", "precision", "density"), strict=False):
         label = "read" if name == "density" else name
         axes.plot(
             numbers, [getattr(layer.predictor, name) for layer in analysis.layers], ".-", color=color, label=label

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from fewfire import damage
-from fewfire.calibrate import check, sample_text
+from fewfire import calibrate, damage
 from fewfire.calibration import Calibration, Densities
 from fewfire.damage import Dense
 from fewfire.progress import Progress, silent
@@ -111,23 +111,26 @@ def tradeoff(
     tokens: int = 2048,
     progress: Progress = silent,
 ) -> Tradeoff:
-    """Measures methods at densities on at most so many tokens of a text's held-out part, and leaves the model dense.
+    """Measures methods at densities on at most so many tokens of a text's held-out part.
 
-    text: the default sample if None. What was fitted stays with the packed model for a week: `calibrate` with the same
-    text goes on from there. Raises what `calibrate` raises for a method and a density.
+    text: the default sample if None. The engine is borrowed: sessions in other threads wait, and what it selects comes
+    back. What was fitted stays with the packed model for a week: `calibrate` with the same text goes on from there.
+    Raises what `calibrate` raises for a method and a density.
     """
-    for method in methods:
-        for density in densities:
-            check(method, density, None)
-    if tokens < 2:
-        raise ValueError(f"tokens must be at least 2, or there is nothing to score, not {tokens}")
-    work = Calibration(model, sample_text() if text is None else text, progress)
-    try:
+    check(methods, densities, tokens)
+    work = Calibration(model, calibrate.sample_text() if text is None else text, progress)
+    with closing(work.notebook), model.engine.borrowed():
         work.fit(methods)
         judge = Judge(work, some(work.held, tokens))
         points = tuple(point for method in methods for point in judge.points(method, densities))
         dense_bytes = model.packed.bytes_per_token()
         return Tradeoff(model.packed.name, model.packed.weights, judge.tokens, judge.perplexity, dense_bytes, points)
-    finally:
-        model.engine.select(None, dense=True)
-        work.notebook.close()
+
+
+def check(methods: Sequence[str], densities: Sequence[float], tokens: int) -> None:
+    """Raises `ValueError` for what `tradeoff` does not take."""
+    for method in methods:
+        for density in densities:
+            calibrate.check(method, density, None)
+    if tokens < 2:
+        raise ValueError(f"tokens must be at least 2, or there is nothing to score, not {tokens}")

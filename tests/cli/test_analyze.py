@@ -113,3 +113,32 @@ def test_bad_input(relu, text, tmp_path):
     run("analyze", relu, "--text", text, "--plot", tmp_path / "a.jpg").failed(2, "--plot", ".png")
     (tmp_path / "empty").write_bytes(b"")
     run("analyze", relu, "--text", tmp_path / "empty").failed(2, "0 tokens")
+
+
+def test_methods_at_densities(model, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the `plot` extra")
+    path, text = pack(model, tmp_path / "packed", "q4"), tmp_path / "long.txt"
+    text.write_text(PARAGRAPH * 12)
+    options = ["--text", text, "--methods", "gate,gate+down", "--densities", "0.8,0.5", "--tokens", 200]
+    result = run("analyze", path, *options, "--plot", tmp_path / "plots")
+    lines = result.out.splitlines()
+    assert max(map(len, lines)) <= 120
+    rows = [line.split() for line in lines[-4:]]
+    assert [row[:2] for row in rows] == [["gate", "0.8"], ["gate", "0.5"], ["gate+down", "0.8"], ["gate+down", "0.5"]]
+    assert "fitting" in result.err or "reading the sample" in result.err
+    assert (tmp_path / "plots" / "methods.png").read_bytes().startswith(b"\x89PNG")
+    data = json.loads(run("analyze", path, *options, "--json").out)
+    assert [f"{100 * point['growth']:+.2f}%" for point in data["points"]] == [row[3] for row in rows]
+    assert [f"{100 * point['agreement']:.1f}%" for point in data["points"]] == [row[-2] for row in rows]
+
+
+def test_bad_methods(relu, text, monkeypatch, tmp_path):
+    run("analyze", relu, "--methods", "magic").failed(2, "unknown method 'magic'")
+    run("analyze", relu, "--methods", "gate", "--densities", "0.5,x").failed(2, "0.7,0.5,0.3")
+    run("analyze", relu, "--methods", "gate", "--densities", "1.5").failed(2, "density must be")
+    run("analyze", relu, "--densities", "0.5").failed(2, "--methods")
+    run("analyze", relu, "--methods", "gate", "--text", text).failed(2, "too few to calibrate on")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for module in ("fewfire.pictures", "fewfire.tradeoffpicture"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    run("analyze", relu, "--methods", "gate", "--plot", tmp_path / "a.png").failed(1, "pip install 'fewfire[plot]'")
