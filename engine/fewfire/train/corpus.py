@@ -1,7 +1,7 @@
 """Training text: files into windows of tokens, all of one length, without padding.
 
-Documents are joined with an end token between them and cut (sequence packing). The same files, tokenizer and seed
-always give the same windows in the same order. Knows nothing of networks.
+Documents (files, and what form feeds in them set apart) are joined with an end token between them and cut (sequence
+packing). The same files, tokenizer and seed always give the same windows in the same order. Knows nothing of networks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import numpy as np
 
 from fewfire.config import ModelConfig
 from fewfire.tokenizer import Tokenizer
+
+APART = "\f"  # between documents of one file
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +43,8 @@ class Corpus:
         return np.random.default_rng((seed, epoch)).permutation(len(self.windows))
 
 
-def read_document(path: Path) -> str:
-    """A text file, or one that gzip has packed (.gz). Raises `ValueError` where it is not UTF-8."""
+def read_documents(path: Path) -> list[str]:
+    """The documents of a text file, or of one that gzip has packed (.gz). Raises `ValueError` if it is not UTF-8."""
     data = path.read_bytes()
     if path.suffix == ".gz":
         try:
@@ -50,9 +52,10 @@ def read_document(path: Path) -> str:
         except (OSError, EOFError) as error:
             raise ValueError(f"{path} is not a whole gzip file ({error}): fetch it again") from None
     try:
-        return data.decode("utf-8").removeprefix("\ufeff")
+        text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
+    return [document for document in text.split(APART) if document.strip()]
 
 
 def build(
@@ -60,12 +63,13 @@ def build(
 ) -> Corpus:
     """Windows of the texts; `held_out` of them, but at most a tenth, are for measuring.
 
-    Each begins with a BOS token where the model wants one. Raises `ValueError` for a text without a window to train on.
+    Each begins with a BOS token where the model wants one. Special tokens that are written out in a text count as such,
+    so that conversations can be trained on. Raises `ValueError` for a text without a window to train on.
     """
     first = [config.bos_token_id] if config.add_bos_token and config.bos_token_id is not None else []
     end = config.eos_token_ids[:1]
     step = window - len(first)
-    ids = np.concatenate([np.array([*tokenizer.encode(text), *end], np.int32) for text in texts])
+    ids = np.concatenate([np.array([*tokenizer.encode(text, parse_special=True), *end], np.int32) for text in texts])
     count = len(ids) // step
     if count < 2:
         raise ValueError(f"the texts have {len(ids)} tokens: at least {2 * step} are needed; give more --text")

@@ -74,10 +74,10 @@ def train(
 
 def _corpus(checkpoint: Checkpoint, texts: Sequence[Path], held_out: Path | None, options: Options) -> Corpus:
     tokenizer, config = Tokenizer.from_json(checkpoint.tokenizer_json()), checkpoint.config
-    documents = [text.read_document(path) for path in texts]
+    documents = [document for path in texts for document in text.read_documents(path)]
     corpus = text.build(tokenizer, config, documents, options.window, options.seed, HELD_OUT)
     if held_out is None:
         return corpus
-    measured = text.build(tokenizer, config, [text.read_document(held_out)], options.window, options.seed, 0)
+    measured = text.build(tokenizer, config, text.read_documents(held_out), options.window, options.seed, 0)
     windows = np.concatenate([measured.held_out, measured.windows])[:HELD_OUT]
     return Corpus(np.concatenate([corpus.held_out, corpus.windows]), windows)
