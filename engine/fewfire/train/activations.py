@@ -1,8 +1,8 @@
 """Activations with exact zeros, as modules that map a gate's pre-activations to its factor, `(..., neurons)`.
 
-ReLU and shifted ReLU are those of ReLU Strikes Back (2310.04564, sections 4.1 and 5.3), Top-K that of The Lazy Neuron
-Phenomenon (2210.06313, section 5). `Threshold` keeps what the original activation gives where that is large, and is
-zero elsewhere: SiLU then is CATS (2404.08763), ReLU with a threshold is FATReLU.
+`TopK` is that of The Lazy Neuron Phenomenon (2210.06313, section 5). `Threshold` keeps what another activation gives
+where that is large, and is zero elsewhere: with SiLU it is CATS (2404.08763), with ReLU the FATReLU of ProSparse
+(2402.13516, section 3.2).
 """
 
 from __future__ import annotations
@@ -45,17 +45,6 @@ class Plain(nn.Module):
 def plain(config: ModelConfig) -> Plain:
     """The activation of a configuration."""
     return Plain(config.hidden_act, config.act_threshold)
-
-
-class ShiftedRelu(nn.Module):
-    """max(0, x - b) (2310.04564, section 5.3)."""
-
-    def __init__(self, shift: float) -> None:
-        super().__init__()
-        self.shift = shift
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.relu(x - self.shift)
 
 
 class TopK(nn.Module):

@@ -25,8 +25,9 @@ class LowRank(nn.Module):
         super().__init__()
         out, into = linear.weight.shape
         self.weight, self.bias = linear.weight, linear.bias
-        self.A = nn.Parameter(torch.randn(rank, into, generator=generator) / into**0.5)
-        self.B = nn.Parameter(torch.zeros(out, rank))
+        device = linear.weight.device
+        self.A = nn.Parameter((torch.randn(rank, into, generator=generator) / into**0.5).to(device))
+        self.B = nn.Parameter(torch.zeros(out, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias) + functional.linear(functional.linear(x, self.A), self.B)
@@ -40,7 +41,7 @@ class LowRank(nn.Module):
 
 
 def choose(network: Network, rank: int, seed: int, projections: Sequence[str] = PROJECTIONS) -> None:
-    """Lets the layers' projections move, all of them (rank 0) or by a low-rank update, and their norms; all else stays.
+    """Lets the layers' projections move, all of them (rank 0) or by a low-rank update, their biases and the norms.
 
     Raises `ValueError` for a rank that would save nothing.
     """
@@ -51,10 +52,12 @@ def choose(network: Network, rank: int, seed: int, projections: Sequence[str] = 
     for layer in network.layers:
         for name in projections:
             linear = getattr(layer, name)
-            if linear is not None and rank:
+            if linear is None:
+                continue
+            linear.requires_grad_(True)
+            if rank:
+                linear.weight.requires_grad_(False)
                 setattr(layer, name, LowRank(linear, rank, generator))
-            elif linear is not None:
-                linear.requires_grad_(True)
         for name in NORMS:
             if (norm := getattr(layer, name)) is not None:
                 norm.requires_grad_(True)

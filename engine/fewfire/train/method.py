@@ -1,4 +1,4 @@
-"""What a recipe adds to distillation: the trainer calls it around every step.
+"""What a recipe adds to distillation: the trainer calls it around every step, and the export at the end.
 
 Whatever it must remember between steps belongs into buffers or parameters of the network, which checkpoints keep, or
 follows from the number of the step.
@@ -6,9 +6,23 @@ follows from the number of the step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
 from torch import Tensor
 
 from fewfire.train.network import LayerState
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a method has made of a model, besides the weights that have moved."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)  # fields of `ModelConfig` that change
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)  # by canonical name, as that config asks for them
+    sparsity: Mapping[str, Any] | None = None  # contents of sparsity.json
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # of sparsity.safetensors
 
 
 class Method:
@@ -33,3 +47,7 @@ class Method:
     def figures(self) -> dict[str, float]:
         """What the log should have of the step."""
         return {}
+
+    def result(self) -> Result:
+        """After the last step."""
+        return Result()

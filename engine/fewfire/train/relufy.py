@@ -1,150 +1,131 @@
-"""Replacing the FFN's activation by one with exact zeros, and what moves it towards more of them while training.
+"""The method `relufy`: activations with exact zeros in place of the model's own.
 
-`Thresholds` keeps the original activation where it is large: the share of zeros rises with the steps from what costs
-little to the wanted one, so that the model is near the original all the way.
+Of ReLU Strikes Back (2310.04564): stage 1, ReLU in the FFN (section 4.1); stage 2, ReLU after the norms as well
+(section 4.2); shifted ReLU (section 5.3), here as a bias of the gate, -b at first, which may then move by neuron.
+Of ProSparse (2402.13516, section 3.2): L1 regularization with a rising factor, and thresholds in place of the zero of
+ReLU at the end, here one for each neuron and as high as the wanted sparsity asks for, where the paper has 0.01 for all.
+And `threshold`: the original activation where it is large (CATS, 2404.08763), raised while training, which starts much
+nearer to the original than ReLU does.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fewfire.train.activations import Threshold
-from fewfire.train.losses import relative_error
-from fewfire.train.method import Method
+from fewfire.config import Activation
+from fewfire.train.losses import l1, rising
+from fewfire.train.method import Method, Result
 from fewfire.train.network import LayerState, Network
+from fewfire.train.rise import Rise
+from fewfire.train.thresholds import Cuts, neuron_weights
 
-MOVES = 0.1  # how far a cut moves in a step towards what the step's sample asks for
-_WINDOWS = 4  # of a forward pass
+Kind = Literal["threshold", "relu", "shifted"]
+CALIBRATED = 8  # windows that weights and first thresholds are measured on
+_LARGEST = 1e30  # a threshold that nothing is over
 
 
-@dataclass(frozen=True)
-class Rise:
-    """The wanted share of zeros by step: from `start` to `end`, slower and slower, over the first `share` of the steps.
+def thresholded(kind: Activation) -> str:
+    """The name of an activation that is cut off at thresholds. Raises `ValueError` where the engine has none."""
+    names = {"silu": "fatsilu", "relu": "fatrelu"}
+    if kind not in names:
+        raise ValueError(f"only silu and relu can be cut off at thresholds, not {kind}: use --activation relu")
+    return names[kind]
 
-    In the last `rest` of the steps the thresholds stay where they are.
+
+def shift(network: Network, by: float) -> None:
+    """Adds -by to the biases of all gates, and biases of zero where a model has none."""
+    for layer in network.layers:
+        for name in ("gate", "up", "down"):
+            linear = getattr(layer, name)
+            if linear is not None and linear.bias is None:
+                linear.bias = nn.Parameter(linear.weight.new_zeros(linear.weight.shape[0]))
+        with torch.no_grad():
+            layer.gate.bias -= by
+
+
+class Relufy(Method):
+    """See the module. Changes the network's activations; `windows` `(windows, T)` are for the first thresholds.
+
+    rise: the wanted share of zeros, None for the zeros that ReLU has by itself; stage: 2 for ReLU after the norms; by:
+    the shift of shifted ReLU; regularization: ProSparse's last factor, here of the mean |activation| over neurons,
+    layers and tokens, which does not depend on the model's size.
     """
 
-    end: float
-    steps: int
-    start: float = 0.5
-    share: float = 0.6
-    rest: float = 0.1
-
-    def sparsity(self, step: int) -> float:
-        """What is wanted at a step."""
-        done = min(1.0, step / max(1.0, self.share * self.steps))
-        return self.end + (min(self.start, self.end) - self.end) * (1 - done) ** 2
-
-    def moves(self, step: int) -> bool:
-        """Whether thresholds still move."""
-        return step < (1 - self.rest) * self.steps
-
-
-def neuron_weights(network: Network, windows: np.ndarray) -> list[Tensor]:
-    """By layer, what |act(gate)| of each neuron is multiplied with before sizes are compared, `(neurons,)`.
-
-    What the neuron then adds to the residual stream, as a share of that: the norm of its down row times the root mean
-    square of its up value, over the root mean square of the stream's norm. The first token of a window is left out of
-    the latter: its stream is a hundred times larger than all others'.
-    """
-    ups = [torch.zeros(network.config.intermediate_size) for _ in network.layers]
-    streams = [0.0] * len(network.layers)
-
-    def observe(number: int, state: LayerState) -> None:
-        if state.up is not None:
-            ups[number] += state.up.square().sum(dim=(0, 1)).cpu()
-        streams[number] += float(state.out[:, 1:].square().sum())
-
-    with torch.no_grad():
-        for at in range(0, len(windows), _WINDOWS):
-            ids = torch.from_numpy(windows[at : at + _WINDOWS].astype(np.int64))
-            network.hidden(ids.to(network.embed.weight.device), observe)
-        found = []
-        for layer, up, stream in zip(network.layers, ups, streams, strict=True):
-            weight = layer.down.weight.norm(dim=0).cpu()
-            if layer.up is not None:
-                weight = weight * (up / windows.size).sqrt()
-            found.append(weight / math.sqrt(stream / (windows.size - len(windows))))
-    return found
-
-
-class Thresholds(Method):
-    """Activations cut off where they are small, the cut moving with the steps."""
-
-    def __init__(self, network: Network, rise: Rise, uniform: bool = False) -> None:
-        self._cuts = [layer.activation for layer in network.layers]
-        self._rise, self._uniform = rise, uniform
-        self._zeros: list[float] = []
-
-    @staticmethod
-    def install(network: Network, weights: Sequence[Tensor]) -> None:
-        """Puts the activations into the network, all still open."""
-        for layer, weight in zip(network.layers, weights, strict=True):
-            layer.activation = Threshold(network.config.hidden_act, weight.to(network.embed.weight.device))
+    def __init__(
+        self,
+        network: Network,
+        windows: np.ndarray,
+        rise: Rise | None,
+        steps: int,
+        *,
+        kind: Kind = "threshold",
+        stage: int = 1,
+        by: float = 0.0,
+        regularization: float = 0.0,
+        uniform: bool = False,
+    ) -> None:
+        if kind == "threshold" and rise is None:
+            raise ValueError("--activation threshold needs a --sparsity")
+        own = network.config.hidden_act
+        base: Activation = "relu" if kind != "threshold" or own == "fatrelu" else own
+        self._name = thresholded(base)
+        self._config = {"norm_relu": True} if stage == 2 else {}
+        self._rise, self._steps, self._regularization = rise, steps, regularization
+        self._late = kind != "threshold"  # thresholds come at the end
+        self._zeros: list[Tensor] = []
+        self._sizes: list[Tensor] = []
+        self._factor = 0.0
+        windows = windows[:CALIBRATED]
+        self._cuts = Cuts(network, base, neuron_weights(network, windows), uniform)
+        if stage == 2:
+            for layer in network.layers:
+                layer.norm_activation = nn.ReLU()
+        if kind == "shifted":
+            self._config["ffn_bias"] = True
+        if self._late:
+            self._cuts.set(0.0)
+        elif rise is not None:
+            self._cuts.calibrate(network, windows, rise.sparsity(0))
 
     def begin(self, step: int) -> None:
+        last = step == self._steps - 1
+        moves = self._rise is not None and (last if self._late else self._rise.moves(step))
+        self._cuts.track(moves)
+        ends = [self._steps // 10, self._steps // 2, self._steps]
+        self._factor = rising(step, ends, [self._regularization * share for share in (0.025, 0.25, 1.0)])
         self._zeros = []
-        for cut in self._cuts:
-            cut.tracking = self._rise.moves(step)
-            cut.samples.clear()
-
-    def observe(self, number: int, state: LayerState) -> None:
-        self._zeros.append(float((state.gate.detach() == 0).float().mean()))
-
-    def end(self, step: int) -> None:
-        """Moves the cuts towards the quantiles of the step's samples that are wanted next."""
-        if not self._rise.moves(step):
-            return
-        wanted = self._rise.sparsity(step + 1)
-        samples = [torch.cat(cut.samples).flatten() for cut in self._cuts]
-        everywhere = quantile(torch.cat(samples), wanted) if not self._uniform else 0.0
-        for cut, sample in zip(self._cuts, samples, strict=True):
-            target = quantile(sample, wanted) if self._uniform else everywhere
-            now = float(cut.cut)
-            cut.set(target if now < 0 else now + MOVES * (target - now))
-            cut.samples.clear()
-
-    def figures(self) -> dict[str, float]:
-        return {"zeros": float(np.mean(self._zeros))}
-
-
-def quantile(values: Tensor, share: float) -> float:
-    """The value that a share of all values are not over."""
-    return float(values.kthvalue(min(max(1, round(share * len(values))), len(values))).values)
-
-
-class Residuals(Method):
-    """Another method, plus the layers' relative errors against a teacher that reads along: layer-wise distillation."""
-
-    def __init__(self, method: Method, teacher: Network, weight: float) -> None:
-        self._method, self._teacher, self._weight = method, teacher, weight
-        self._wanted: list[Tensor] = []
-        self._errors: list[Tensor] = []
-
-    def begin(self, step: int) -> None:
-        self._method.begin(step)
 
     def watch(self, ids: Tensor) -> None:
-        self._method.watch(ids)
-        self._wanted, self._errors = [], []
-        with torch.no_grad():
-            self._teacher.hidden(ids, lambda number, state: self._wanted.append(state.out))
+        self._sizes = []
 
     def observe(self, number: int, state: LayerState) -> None:
-        self._method.observe(number, state)
-        self._errors.append(relative_error(state.out, self._wanted[number]))
+        self._zeros.append((state.gate.detach() == 0).float().mean())
+        if self._regularization:
+            self._sizes.append(l1(state.fired) / state.fired.shape[-1])
 
     def losses(self) -> dict[str, Tensor]:
-        return {**self._method.losses(), "layers": torch.stack(self._errors).mean() * self._weight}
+        return {"l1": torch.stack(self._sizes).mean() * self._factor} if self._sizes else {}
 
     def end(self, step: int) -> None:
-        self._method.end(step)
+        if self._rise is None:
+            return
+        if self._late and step == self._steps - 1:
+            self._cuts.move(self._rise.end, by=1.0)
+            for part in self._cuts.parts:  # where ReLU has more zeros by itself
+                part.set(max(0.0, float(part.cut)))
+        elif not self._late and self._rise.moves(step):
+            self._cuts.move(self._rise.sparsity(step + 1))
 
     def figures(self) -> dict[str, float]:
-        return self._method.figures()
+        return {"zeros": float(torch.stack(self._zeros).mean())}
+
+    def result(self) -> Result:
+        if self._late and all(float(part.cut) == 0.0 for part in self._cuts.parts):
+            return Result({"hidden_act": "relu", **self._config})
+        limits = [part.least.clamp(0.0, _LARGEST) for part in self._cuts.parts]
+        vectors = {f"layers.{i}.act_threshold.weight": limit for i, limit in enumerate(limits)}
+        return Result({"hidden_act": self._name, **self._config}, vectors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,33 +15,95 @@ from fewfire.progress import Progress, silent
 from fewfire.sources import resolve
 from fewfire.tokenizer import Tokenizer
 from fewfire.train import corpus as text
-from fewfire.train import lora, relufy
+from fewfire.train import lora
 from fewfire.train.corpus import Corpus
+from fewfire.train.layerwise import Layerwise
 from fewfire.train.method import Method
 from fewfire.train.network import Network
+from fewfire.train.relufy import Kind, Relufy, shift
+from fewfire.train.rise import Rise
 from fewfire.train.teacher import TeacherCache
+from fewfire.train.topk import TopKMethod
 from fewfire.train.trainer import Plan, Trainer
 
 TOP = 64  # logits of the teacher that are kept for a token
+SPARSITY = 0.8  # unless another is wanted
 HELD_OUT = 16  # windows that are measured
+AT_ONCE = 1024  # tokens of a forward pass
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may choose."""
+    """What a user may choose. Not every method reads all of it."""
 
     tokens: int = 1_000_000
-    sparsity: float = 0.8
+    sparsity: float | None = None  # None: 0.8, or what ReLU has by itself
     rank: int = 0  # of the updates; 0: all weights of the projections move
+    rate: float | None = None  # None: 1e-4, or 1e-3 for low-rank updates
     window: int = 512
     batch: int = 2  # windows of a step
-    rate: float | None = None  # None: 1e-4, or 1e-3 for low-rank updates
     layerwise: float = 0.0  # weight of the layers' relative errors
-    uniform: bool = False  # the same sparsity in all layers
     seed: int = 0
+    activation: Kind = "threshold"
+    stage: int = 1
+    shift: float = 1.0
+    l1: float = 0.0
+    uniform: bool = False  # the same sparsity in all layers
+
+    def check(self) -> None:
+        """Raises `ValueError` for what no method can do."""
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise ValueError(f"--sparsity must be between 0 and 1, not {self.sparsity:g}")
+        for name, least in (("tokens", 1), ("window", 2), ("batch", 1), ("rank", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        for name in ("layerwise", "l1"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"--{name} must be 0 or more, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What a recipe has to work with."""
+
+    network: Network
+    corpus: Corpus
+    options: Options
+    steps: int
+
+    @property
+    def rise(self) -> Rise:
+        """The sparsity by step."""
+        return Rise(self.options.sparsity or SPARSITY, self.steps)
+
+
+def relufy(setup: Setup) -> Method:
+    """See `relufy.py`."""
+    o = setup.options
+    if o.activation == "shifted":
+        shift(setup.network, o.shift)
+    return Relufy(
+        setup.network,
+        setup.corpus.windows,
+        setup.rise if o.activation == "threshold" or o.sparsity else None,
+        setup.steps,
+        kind=o.activation,
+        stage=o.stage,
+        regularization=o.l1,
+        uniform=o.uniform,
+    )
+
+
+def topk(setup: Setup) -> Method:
+    """See `topk.py`."""
+    return TopKMethod(setup.network, setup.rise)
+
+
+RECIPES: dict[str, Callable[[Setup], Method]] = {"relufy": relufy, "topk": topk}
 
 
 def train(
+    method: str,
     source: str,
     out: Path,
     texts: Sequence[Path],
@@ -49,7 +111,12 @@ def train(
     held_out: Path | None = None,
     progress: Progress = silent,
 ) -> Path:
-    """Trains a model to fire less; an unfinished run in `out` goes on. Returns `out`."""
+    """Trains a model to fire less; an unfinished run in `out` goes on. Returns `out`.
+
+    method: one of `RECIPES`; source: whatever `resolve` takes. Raises `ValueError` for options that cannot be met or
+    that an unfinished run did not have, `FewfireError` where files are at fault.
+    """
+    options.check()
     path = resolve(source, progress)
     checkpoint = open_checkpoint(path)
     corpus = _corpus(checkpoint, texts, held_out, options)
@@ -59,16 +126,19 @@ def train(
     key = f"{fingerprint(path)}-{corpus.key()}-{TOP}"
     teacher = TeacherCache(cache_dir() / "teachers" / key, original, corpus.windows, TOP, key)
     steps = max(1, options.tokens // (options.batch * corpus.windows.shape[1]))
-    lora.choose(network, options.rank, options.seed)
-    relufy.Thresholds.install(network, relufy.neuron_weights(original, corpus.windows[:8]))
-    method: Method = relufy.Thresholds(network, relufy.Rise(options.sparsity, steps), options.uniform)
+    recipe = RECIPES[method](Setup(network, corpus, options, steps))
     if options.layerwise:
-        method = relufy.Residuals(method, original, options.layerwise)
+        recipe = Layerwise(recipe, original, options.layerwise)
+    lora.choose(network, options.rank, options.seed)
     plan = Plan(
-        steps, options.rate or (1e-3 if options.rank else 1e-4), options.batch, min(2, options.batch), seed=options.seed
+        steps=steps,
+        rate=options.rate or (1e-3 if options.rank else 1e-4),
+        batch=options.batch,
+        at_once=min(options.batch, max(1, AT_ONCE // options.window)),
+        seed=options.seed,
     )
-    about = {**asdict(options), "model": fingerprint(path), "text": corpus.key()}
-    Trainer(network, corpus, teacher, method, plan, out / "training", about, progress).run()
+    about = {"method": method, **asdict(options), "model": fingerprint(path), "text": corpus.key()}
+    Trainer(network, corpus, teacher, recipe, plan, out / "training", about, progress).run()
     return out
 
 
