@@ -1,0 +1,48 @@
+"""`fewfire train`: makes a model that fires less."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fewfire_cli.progress import ProgressBar
+
+
+@click.command()
+@click.argument("method", type=click.Choice(["relufy", "topk"]))
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--text", type=click.Path(path_type=Path), multiple=True, required=True, help="Text to train on.")
+@click.option("--heldout", type=click.Path(path_type=Path), help="Text to measure with.  [default: a part of --text]")
+@click.option("--tokens", default=1_000_000, show_default=True, help="How many to train on.")
+@click.option("--sparsity", type=float, help="Share of the neurons to be zero.  [default: 0.8, or what ReLU has]")
+@click.option("--rank", default=0, show_default=True, help="Of the updates; 0: all weights of the FFNs move.")
+@click.option("--rate", type=float, help="Learning rate.  [default: 1e-4, or 1e-3 with a rank]")
+@click.option("--window", default=512, show_default=True, help="Tokens of a window.")
+@click.option("--batch", default=2, show_default=True, help="Windows of a step.")
+@click.option("--layerwise", default=0.0, show_default=True, help="Weight of the layers' errors in the loss.")
+@click.option(
+    "--activation",
+    type=click.Choice(["threshold", "relu", "shifted"]),
+    default="threshold",
+    show_default=True,
+    help="relufy: the model's own where it is large, ReLU, or ReLU(x - b).",
+)
+@click.option("--stage", type=click.IntRange(1, 2), default=1, help="relufy: 2 for ReLU after the norms, too.")
+@click.option("--shift", default=1.0, show_default=True, help="relufy: b of the shifted ReLU at the start.")
+@click.option("--l1", default=0.0, show_default=True, help="relufy: factor of ProSparse's regularization at the end.")
+@click.option("--uniform", is_flag=True, help="relufy: the same sparsity in all layers.")
+@click.option("--seed", default=0, show_default=True, help="Of the order of the text.")
+def train(method: str, model: str, out: Path, text: tuple[Path, ...], heldout: Path | None, **options: Any) -> None:
+    """Trains MODEL to fire less; the result is the directory OUT.
+
+    The model learns from itself: its predictions on the text are what it is to keep. If it is interrupted, the same
+    command goes on where it stopped.
+    """
+    from fewfire.train.run import Options
+    from fewfire.train.run import train as run
+
+    with ProgressBar() as progress:
+        run(method, model, out, text, Options(**options), heldout, progress)
