@@ -7,17 +7,20 @@ where that is large, and is zero elsewhere: with SiLU it is CATS (2404.08763), w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fewfire.config import Activation, ModelConfig
+from fewfire.config import THRESHOLDED, Activation, ModelConfig
 
 SAMPLED = 64  # tokens of a forward pass whose sizes a threshold is measured on
 
 
-def apply(kind: Activation, x: Tensor, threshold: float = 0.0) -> Tensor:
-    """The FFN's activation function, as `reference.activate` has it."""
+def apply(kind: Activation, x: Tensor) -> Tensor:
+    """The FFN's activation function, as `reference.activate` has it without thresholds."""
     match kind:
         case "silu":
             return functional.silu(x)
@@ -27,24 +30,29 @@ def apply(kind: Activation, x: Tensor, threshold: float = 0.0) -> Tensor:
             return functional.relu(x)
         case "relu2":
             return functional.relu(x).square()
-        case "fatrelu":
-            return torch.where(x > threshold, x, x.new_zeros(()))
+        case _:
+            raise AssertionError(f"{kind} has thresholds")
 
 
 class Plain(nn.Module):
     """The activation that a model comes with."""
 
-    def __init__(self, kind: Activation, threshold: float = 0.0) -> None:
+    def __init__(self, kind: Activation) -> None:
         super().__init__()
-        self.kind, self.threshold = kind, threshold
+        self.kind = kind
 
     def forward(self, x: Tensor) -> Tensor:
-        return apply(self.kind, x, self.threshold)
+        return apply(self.kind, x)
 
 
-def plain(config: ModelConfig) -> Plain:
-    """The activation of a configuration."""
-    return Plain(config.hidden_act, config.act_threshold)
+def own(config: ModelConfig, tensors: Mapping[str, np.ndarray], layer: int) -> nn.Module:
+    """The activation that a layer of a model comes with, thresholds included."""
+    if config.hidden_act not in THRESHOLDED:
+        return Plain(config.hidden_act)
+    least = torch.from_numpy(np.array(tensors[f"layers.{layer}.act_threshold.weight"], np.float32))
+    fixed = Threshold(THRESHOLDED[config.hidden_act], torch.ones_like(least))
+    fixed.least.copy_(least)
+    return fixed
 
 
 class TopK(nn.Module):

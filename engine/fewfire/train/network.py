@@ -18,7 +18,7 @@ from torch.nn import functional
 from fewfire.checkpoint import Checkpoint
 from fewfire.config import ModelConfig, Rope
 from fewfire.progress import Progress, silent
-from fewfire.train.activations import plain
+from fewfire.train.activations import own
 
 
 class LayerState(NamedTuple):
@@ -70,8 +70,8 @@ class Layer(nn.Module):
         self.down = nn.Linear(ff, d, c.ffn_bias)
         self.attn_post_norm = Norm(c, d) if c.post_norms else None
         self.ffn_post_norm = Norm(c, d) if c.post_norms else None
-        self.activation: nn.Module = plain(c)
-        self.norm_activation: nn.Module = nn.Identity()
+        self.activation: nn.Module = nn.Identity()  # `Network` puts the model's own there
+        self.norm_activation: nn.Module = nn.ReLU() if c.norm_relu else nn.Identity()
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> LayerState:
         y = self.o(self._attention(self.norm_activation(self.attn_norm(x)), turn, mask))
@@ -117,8 +117,11 @@ class Network(nn.Module):
             self.final_norm = Norm(config, config.hidden_size)
             tied = config.tie_word_embeddings
             self.head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        state = {name: torch.from_numpy(np.require(tensors[name], np.float32, ["C", "W"])) for name in config.shapes()}
+        names = [name for name in config.shapes() if not name.endswith(".act_threshold.weight")]
+        state = {name: torch.from_numpy(np.require(tensors[name], np.float32, ["C", "W"])) for name in names}
         self.load_state_dict(state, assign=True)
+        for i, layer in enumerate(self.layers):
+            layer.activation = own(config, tensors, i)
         self._turns: dict[tuple[Rope, int, torch.device], tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int, int, torch.device], Tensor] = {}
 
