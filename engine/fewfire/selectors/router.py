@@ -26,7 +26,7 @@ _TOKENS_PER_FUNCTION = 8  # that must be there to fit a weight to each function 
 def fit(packed: Packed, layer: Layer) -> Fit:
     """Fits one layer: `fitting.curve`'s arrays, and what the layer adds to a `Predictor`."""
     inputs, gate = layer.ffn_in, layer.tensors["gate.weight"]
-    hidden, neurons = inputs.shape[1], len(gate)
+    neurons = len(gate)
     groups = count(neurons)
     size = -(-neurons // groups)
     members = balanced(gate, groups)
@@ -34,13 +34,9 @@ def fit(packed: Packed, layer: Layer) -> Fit:
     lost = np.zeros((len(inputs), groups * size), np.float32)
     lost[:, :neurons] = fitting.damage(packed, layer)[:, members]
     worth = fitting.worth(packed, lost.reshape(len(lost), groups, size).sum(axis=2)[~held])
-    rank = max(1, min(hidden, int((~held).sum()) // _TOKENS_PER_FUNCTION))
-    functions = reduced_rank(inputs[~held], inputs[~held] @ gate.T, rank)
-    mean = inputs[~held].mean(axis=0)
-    found = refined(constant(worth, rank), (inputs[~held] - mean) @ functions.T, worth)
-    whole = found.rows @ functions  # (groups, hidden)
-    scale = np.sqrt(np.float32(groups) / max(float(np.square(whole).sum()), 1e-30))  # as in lowrank.py
-    rows, scores = fitting.stored(packed, Linear(whole * scale, found.bias * scale))
+    found, mean = learnt(inputs[~held], gate, worth), inputs[~held].mean(axis=0)
+    scale = np.sqrt(np.float32(groups) / max(float(np.square(found.rows).sum()), 1e-30))  # as in lowrank.py
+    rows, scores = fitting.stored(packed, Linear(found.rows * scale, (found.bias + found.rows @ mean) * scale))
     scores = scores._replace(bias=scores.bias - scores.rows @ mean)
     return fitting.curve(packed, layer, scores(inputs[held]), members, held) | {
         "rows": rows,
@@ -48,3 +44,16 @@ def fit(packed: Packed, layer: Layer) -> Fit:
         "members": members,
         "early": np.array(False),
     }
+
+
+def learnt(inputs: np.ndarray, gate: np.ndarray, worth: np.ndarray) -> Linear:
+    """Scores of groups on the inputs `(T, hidden)`, by logistic regression of whether `worth` `(T, groups)` is over 0.
+
+    On no more functions of the input than so many tokens can tell: those that explain best what the rows of `gate` see.
+    """
+    rank = max(1, min(inputs.shape[1], len(inputs) // _TOKENS_PER_FUNCTION))
+    functions = reduced_rank(inputs, inputs @ gate.T, rank)
+    mean = inputs.mean(axis=0)
+    found = refined(constant(worth, rank), (inputs - mean) @ functions.T, worth)
+    rows = found.rows @ functions
+    return Linear(rows, found.bias - rows @ mean)
