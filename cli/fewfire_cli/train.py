@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
+from fewfire_cli import terminal
 from fewfire_cli.progress import ProgressBar
 
 
 @click.command()
-@click.argument("method", type=click.Choice(["relufy", "topk"]))
+@click.argument("method", type=click.Choice(["relufy", "topk", "plain"]))
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--text", type=click.Path(path_type=Path), multiple=True, required=True, help="Text to train on.")
@@ -22,6 +23,7 @@ from fewfire_cli.progress import ProgressBar
 @click.option("--rate", type=float, help="Learning rate.  [default: 1e-4, or 1e-3 with a rank]")
 @click.option("--window", default=512, show_default=True, help="Tokens of a window.")
 @click.option("--batch", default=2, show_default=True, help="Windows of a step.")
+@click.option("--labels", default=0.0, show_default=True, help="Share of the text's own next tokens in the loss.")
 @click.option("--layerwise", default=0.0, show_default=True, help="Weight of the layers' errors in the loss.")
 @click.option(
     "--activation",
@@ -44,5 +46,9 @@ def train(method: str, model: str, out: Path, text: tuple[Path, ...], heldout: P
     from fewfire.train.run import Options
     from fewfire.train.run import train as run
 
-    with ProgressBar() as progress:
-        run(method, model, out, text, Options(**options), heldout, progress)
+    try:
+        with ProgressBar() as progress:
+            run(method, model, out, text, Options(**options), heldout, progress)
+    except KeyboardInterrupt:
+        terminal.note("stopped; the same command goes on from here")
+        raise

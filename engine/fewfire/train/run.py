@@ -42,6 +42,7 @@ class Options:
     rate: float | None = None  # None: 1e-4, or 1e-3 for low-rank updates
     window: int = 512
     batch: int = 2  # windows of a step
+    labels: float = 0.0  # share of the text's own next tokens in the loss
     layerwise: float = 0.0  # weight of the layers' relative errors
     seed: int = 0
     activation: Kind = "threshold"
@@ -57,6 +58,8 @@ class Options:
         for name, least in (("tokens", 1), ("window", 2), ("batch", 1), ("rank", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        if not 0 <= self.labels <= 1:
+            raise ValueError(f"--labels must be from 0 to 1, not {self.labels:g}")
         for name in ("layerwise", "l1"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} must be 0 or more, not {getattr(self, name)}")
@@ -99,7 +102,12 @@ def topk(setup: Setup) -> Method:
     return TopKMethod(setup.network, setup.rise)
 
 
-RECIPES: dict[str, Callable[[Setup], Method]] = {"relufy": relufy, "topk": topk}
+def plain(setup: Setup) -> Method:
+    """Nothing but the training itself: what the others are to be compared with."""
+    return Method()
+
+
+RECIPES: dict[str, Callable[[Setup], Method]] = {"relufy": relufy, "topk": topk, "plain": plain}
 
 
 def train(
@@ -135,6 +143,7 @@ def train(
         rate=options.rate or (1e-3 if options.rank else 1e-4),
         batch=options.batch,
         at_once=min(options.batch, max(1, AT_ONCE // options.window)),
+        labels=options.labels,
         seed=options.seed,
     )
     about = {"method": method, **asdict(options), "model": fingerprint(path), "text": corpus.key()}
