@@ -62,7 +62,7 @@ def eval_command(
     """Perplexity of MODEL on a text FILE (lower is better).
 
     Windows do not overlap, and all tokens but the first of each are scored. A window is read at once, with every
-    neuron, unless --decode or --against is there.
+    neuron that the model was trained with, unless --decode or --against is there.
 
     \b
     Example:

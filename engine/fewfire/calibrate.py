@@ -43,10 +43,15 @@ def calibrate(
     and at most 1. budget: by how much perplexity may grow, 0.01 for 1 %. Exactly one of the two. text: sample text of
     the user's.
 
-    Raises `ValueError` for an impossible option or a text that is too short, `FewfireError` if no setting keeps the
-    budget or the result cannot be written.
+    Raises `ValueError` for an impossible option, a text that is too short, or a model that was trained with a
+    selection, which would be lost; `FewfireError` if no setting keeps the budget or the result cannot be written.
     """
     check(method, density, budget)
+    if store.is_trained(model.packed):
+        raise ValueError(
+            f"{model.packed.name} was trained with a choice of its neurons, which a calibration would replace: "
+            "use it as it is, or calibrate the model that it was made from"
+        )
     store.check_writable(model.packed)
     name = "the default sample" if text is None else "text of the user's"
     work = Calibration(model, sample_text() if text is None else text, progress)
