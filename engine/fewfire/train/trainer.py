@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from fewfire.errors import FewfireError
 from fewfire.progress import Progress, silent
+from fewfire.train import log
 from fewfire.train.corpus import Corpus
 from fewfire.train.lora import trainable
 from fewfire.train.losses import TopLogits, distillation
@@ -32,7 +33,7 @@ from fewfire.train.network import Network
 from fewfire.train.teacher import TeacherCache
 from fewfire.train.whole import whole
 
-STATE, LOG = "state.pt", "log.jsonl"
+STATE = "state.pt"
 AT_ONCE = 256  # tokens whose logits over the whole vocabulary are in memory
 
 
@@ -188,15 +189,15 @@ class Trainer:
         every = max(1, self.plan.steps // self.plan.measured)
         if self._measured == self.step or (self.step % every and self.step < self.plan.steps):
             return
-        found = measure(self.network, self.corpus.held_out)
+        found = asdict(measure(self.network, self.corpus.held_out))
+        if self.step == 0:
+            found["original"] = measure(self.teacher.network, self.corpus.held_out).perplexity
         with whole():
             self._measured = self.step
-            self._write({"step": self.step, **asdict(found)})
+            self._write({"step": self.step, **found})
 
     def _write(self, entry: Mapping[str, Any]) -> None:
-        with (self._directory / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            self._logged = file.tell()
+        self._logged = log.append(self._directory / log.NAME, entry)
 
     def save(self) -> None:
         """Writes a checkpoint of the last whole step."""
@@ -222,12 +223,16 @@ class Trainer:
             finally:
                 temporary.unlink(missing_ok=True)
 
+    def forget(self) -> None:
+        """Removes the checkpoint: the run is over, and its result is elsewhere."""
+        (self._directory / STATE).unlink(missing_ok=True)
+
     def _resume(self) -> None:
         """Goes back to the last checkpoint, if there is one; the log forgets what came after it."""
         torch.manual_seed(self.plan.seed)
-        path, log = self._directory / STATE, self._directory / LOG
+        path, logged = self._directory / STATE, self._directory / log.NAME
         if not path.exists():
-            log.unlink(missing_ok=True)
+            logged.unlink(missing_ok=True)
             return
         try:
             state = torch.load(path, map_location=self.network.embed.weight.device, weights_only=True)
@@ -246,6 +251,6 @@ class Trainer:
             torch.set_rng_state(state["random"].cpu())
             self.step, self._measured, self._seconds = state["step"], state["measured"], state["seconds"]
             self._logged = state["log"]
-            os.truncate(log, self._logged)
+            os.truncate(logged, self._logged)
         except (OSError, KeyError, RuntimeError, EOFError) as error:
             raise FewfireError(f"{path} cannot be read ({error}): delete it to begin anew") from None
