@@ -37,14 +37,31 @@ from fewfire_cli.progress import ProgressBar
 @click.option("--shift", default=1.0, show_default=True, help="relufy: b of the shifted ReLU at the start.")
 @click.option("--l1", default=0.0, show_default=True, help="relufy: factor of ProSparse's regularization at the end.")
 @click.option("--uniform", is_flag=True, help="relufy: the same sparsity in all layers.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.png",
+    help="Draw the curves. Needs fewfire[plot].",
+)
 @click.option("--seed", default=0, show_default=True, help="Of the order of the text.")
-def train(method: str, model: str, out: Path, text: tuple[Path, ...], heldout: Path | None, **options: Any) -> None:
+def train(
+    method: str,
+    model: str,
+    out: Path,
+    text: tuple[Path, ...],
+    heldout: Path | None,
+    plot: Path | None,
+    **options: Any,
+) -> None:
     """Trains MODEL to fire less; the result is the directory OUT.
 
     The model learns from itself: its predictions on the text are what it is to keep. If it is interrupted, the same
     command goes on where it stopped.
     """
-    from fewfire.train.run import Options
+    if plot:
+        from fewfire.train.curves import draw  # at once, so that a missing matplotlib is not told after hours of work
+    from fewfire.train import log
+    from fewfire.train.run import TRAINING, Options
     from fewfire.train.run import train as run
 
     try:
@@ -53,3 +70,18 @@ def train(method: str, model: str, out: Path, text: tuple[Path, ...], heldout: P
     except KeyboardInterrupt:
         terminal.note("stopped; the same command goes on from here")
         raise
+    entries = log.read(out / TRAINING / log.NAME)
+    if plot:
+        draw(entries, plot, f"{method} of {model}")
+        terminal.note(f"wrote {plot}")
+    click.echo(_summary(entries))
+
+
+def _summary(entries: list[dict[str, Any]]) -> str:
+    """What has become of the model, in a line."""
+    measured = [entry for entry in entries if "perplexity" in entry]
+    first, last = measured[0], measured[-1]
+    return (
+        f"zeros {last['zeros']:.1%}, perplexity {last['perplexity']:.4g} on held-out text"
+        f" ({last['perplexity'] / first['original'] - 1:+.1%} against the original's {first['original']:.4g})"
+    )
