@@ -7,21 +7,18 @@ where that is large, and is zero elsewhere: with SiLU it is CATS (2404.08763), w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fewfire.config import THRESHOLDED, Activation, ModelConfig
+from fewfire.config import THRESHOLDED, Activation
 
 SAMPLED = 64  # tokens of a forward pass whose sizes a threshold is measured on
 
 
 def apply(kind: Activation, x: Tensor) -> Tensor:
-    """The FFN's activation function, as `reference.activate` has it without thresholds."""
-    match kind:
+    """The activation function of the FFN, apart from thresholds, as `reference.activate` has it."""
+    match THRESHOLDED.get(kind, kind):
         case "silu":
             return functional.silu(x)
         case "gelu_tanh":
@@ -30,12 +27,11 @@ def apply(kind: Activation, x: Tensor) -> Tensor:
             return functional.relu(x)
         case "relu2":
             return functional.relu(x).square()
-        case _:
-            raise AssertionError(f"{kind} has thresholds")
+    raise AssertionError(kind)
 
 
 class Plain(nn.Module):
-    """The activation that a model comes with."""
+    """An activation without a threshold."""
 
     def __init__(self, kind: Activation) -> None:
         super().__init__()
@@ -43,16 +39,6 @@ class Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return apply(self.kind, x)
-
-
-def own(config: ModelConfig, tensors: Mapping[str, np.ndarray], layer: int) -> nn.Module:
-    """The activation that a layer of a model comes with, thresholds included."""
-    if config.hidden_act not in THRESHOLDED:
-        return Plain(config.hidden_act)
-    least = torch.from_numpy(np.array(tensors[f"layers.{layer}.act_threshold.weight"], np.float32))
-    fixed = Threshold(THRESHOLDED[config.hidden_act], torch.ones_like(least))
-    fixed.least.copy_(least)
-    return fixed
 
 
 class TopK(nn.Module):
@@ -68,23 +54,36 @@ class TopK(nn.Module):
         return torch.zeros_like(y).scatter(-1, kept, y.gather(-1, kept))
 
 
-class Threshold(nn.Module):
-    """act(x) where |act(x)| is over the neuron's threshold, zero elsewhere.
+class Cut(nn.Module):
+    """act(x) where |act(x)| is over the neuron's threshold, zero elsewhere. The thresholds come from a checkpoint."""
+
+    least: Tensor
+
+    def __init__(self, kind: Activation, least: Tensor) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("least", least)  # (neurons,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = apply(self.kind, x)
+        return torch.where(y.detach().abs() > self.least, y, y.new_zeros(()))
+
+
+class Threshold(Cut):
+    """The same with thresholds that move while training.
 
     Neurons matter unequally, so sizes are weighted before they are compared with one `cut`: a neuron's threshold is
     cut / weight. While `tracking`, a training pass leaves a sample of its weighted sizes for whoever moves the cut.
     """
 
-    least: Tensor
     weight: Tensor
     cut: Tensor
 
     def __init__(self, kind: Activation, weight: Tensor) -> None:
-        super().__init__()
-        self.kind, self.tracking = kind, False
+        super().__init__(kind, torch.full_like(weight, -1.0))
+        self.tracking = False
         self.register_buffer("weight", weight)  # (neurons,)
-        self.register_buffer("least", torch.full_like(weight, -1.0))  # (neurons,)
-        self.register_buffer("cut", torch.tensor(-1.0))
+        self.register_buffer("cut", weight.new_full((), -1.0))
         self.samples: list[Tensor] = []  # each (tokens, neurons)
 
     def set(self, cut: float) -> None:
@@ -95,9 +94,8 @@ class Threshold(nn.Module):
             self.least.fill_(-1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = apply(self.kind, x)
-        size = y.detach().abs()
+        y = super().forward(x)
         if self.tracking and self.training:
-            rows = size.flatten(0, -2)
-            self.samples.append(rows[:: -(-len(rows) // SAMPLED)] * self.weight)
-        return torch.where(size > self.least, y, y.new_zeros(()))
+            rows = x.detach().flatten(0, -2)
+            self.samples.append(apply(self.kind, rows[:: -(-len(rows) // SAMPLED)]).abs() * self.weight)
+        return y

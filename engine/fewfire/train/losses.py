@@ -80,11 +80,6 @@ class _Divergence(torch.autograd.Function):
         return out, None, None, None
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log p of the targets in nats, the mean over tokens: `(..., vocab)` logits, `(...)` ids."""
-    return torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
-
-
 def relative_error(stream: Tensor, teacher: Tensor) -> Tensor:
     """|stream - teacher|² / |teacher|² of the residual stream `(..., hidden)`, the mean over tokens.
 

@@ -1,7 +1,7 @@
 """The forward pass of `reference.py` in torch, so that it can be differentiated: batches of windows of equal length.
 
-Parameters carry canonical names ("layers.3.gate.weight"), so a state dict of a network is a checkpoint. Each layer's
-`activation` is a module of its own, which a method replaces; `norm_activation` comes after its two norms.
+Parameters carry canonical names ("layers.3.gate.weight"). Each layer's `activation` is a module of its own, which a
+method replaces; `norm_activation` comes after its two norms.
 Knows nothing of losses, sparsity and files.
 """
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewfire.checkpoint import Checkpoint
-from fewfire.config import ModelConfig, Rope
+from fewfire.config import THRESHOLDED, ModelConfig, Rope
 from fewfire.progress import Progress, silent
-from fewfire.train.activations import own
+from fewfire.train.activations import Cut, Plain
 
 
 class LayerState(NamedTuple):
@@ -31,6 +31,7 @@ class LayerState(NamedTuple):
     out: Tensor  # (B, T, hidden) the residual stream after the layer
 
 
+_THRESHOLDS = ("act_threshold.weight", "activation.least")  # what they are called in a checkpoint and here
 Observer = Callable[[int, LayerState], None]
 
 
@@ -70,7 +71,8 @@ class Layer(nn.Module):
         self.down = nn.Linear(ff, d, c.ffn_bias)
         self.attn_post_norm = Norm(c, d) if c.post_norms else None
         self.ffn_post_norm = Norm(c, d) if c.post_norms else None
-        self.activation: nn.Module = nn.Identity()  # `Network` puts the model's own there
+        cut = c.hidden_act in THRESHOLDED
+        self.activation: nn.Module = Cut(c.hidden_act, torch.empty(ff)) if cut else Plain(c.hidden_act)
         self.norm_activation: nn.Module = nn.ReLU() if c.norm_relu else nn.Identity()
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> LayerState:
@@ -117,11 +119,8 @@ class Network(nn.Module):
             self.final_norm = Norm(config, config.hidden_size)
             tied = config.tie_word_embeddings
             self.head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        names = [name for name in config.shapes() if not name.endswith(".act_threshold.weight")]
-        state = {name: torch.from_numpy(np.require(tensors[name], np.float32, ["C", "W"])) for name in names}
-        self.load_state_dict(state, assign=True)
-        for i, layer in enumerate(self.layers):
-            layer.activation = own(config, tensors, i)
+        state = {name: torch.from_numpy(np.require(tensors[name], np.float32, ["C", "W"])) for name in config.shapes()}
+        self.load_state_dict({name.replace(*_THRESHOLDS): value for name, value in state.items()}, assign=True)
         self._turns: dict[tuple[Rope, int, torch.device], tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int, int, torch.device], Tensor] = {}
 

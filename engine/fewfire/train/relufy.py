@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewfire.config import Activation
+from fewfire.config import THRESHOLDED, Activation
 from fewfire.train.losses import l1, rising
 from fewfire.train.method import Method, Result
 from fewfire.train.network import LayerState, Network
@@ -28,11 +28,11 @@ CALIBRATED = 8  # windows that weights and first thresholds are measured on
 _LARGEST = 1e30  # a threshold that nothing is over
 
 
-def thresholded(kind: Activation) -> str:
+def thresholded(kind: Activation) -> Activation:
     """The name of an activation that is cut off at thresholds. Raises `ValueError` where the engine has none."""
-    names = {"silu": "fatsilu", "relu": "fatrelu"}
+    names = {base: name for name, base in THRESHOLDED.items()}
     if kind not in names:
-        raise ValueError(f"only silu and relu can be cut off at thresholds, not {kind}: use --activation relu")
+        raise ValueError(f"{kind} cannot be cut off at thresholds, only {', '.join(names)}: use --activation relu")
     return names[kind]
 
 
@@ -71,7 +71,7 @@ class Relufy(Method):
         if kind == "threshold" and rise is None:
             raise ValueError("--activation threshold needs a --sparsity")
         own = network.config.hidden_act
-        base: Activation = "relu" if kind != "threshold" or own == "fatrelu" else own
+        base: Activation = THRESHOLDED.get(own, own) if kind == "threshold" else "relu"
         self._name = thresholded(base)
         self._config = {"norm_relu": True} if stage == 2 else {}
         self._rise, self._steps, self._regularization = rise, steps, regularization

@@ -27,7 +27,7 @@ class TeacherCache:
     """
 
     def __init__(self, directory: Path, network: Network, windows: np.ndarray, k: int, key: str) -> None:
-        self._network, self._windows = network, windows
+        self.network, self._windows = network, windows
         self._k = min(k, network.config.vocab_size)
         count, T = windows.shape
         directory.mkdir(parents=True, exist_ok=True)
@@ -54,16 +54,16 @@ class TeacherCache:
         missing = np.array([i for i in chosen if not self._there[i]], np.int64)
         if len(missing):
             self._compute(missing)
-        device = self._network.embed.weight.device
+        device = self.network.embed.weight.device
         values = torch.from_numpy(self._values[chosen].astype(np.float32)).to(device)
         ids = torch.from_numpy(self._ids[chosen].astype(np.int64)).to(device)
         return TopLogits(values, ids, torch.from_numpy(self._totals[chosen]).to(device))
 
     @torch.no_grad()
     def _compute(self, chosen: np.ndarray) -> None:
-        device = self._network.embed.weight.device
+        device = self.network.embed.weight.device
         ids = torch.from_numpy(self._windows[chosen].astype(np.int64)).to(device)
-        hidden = self._network.hidden(ids)
+        hidden = self.network.hidden(ids)
         found = [self._top(part) for part in hidden.flatten(0, 1).split(_AT_ONCE)]
         shape = (*ids.shape, self._k)
         self._values[chosen] = torch.cat([f.values for f in found]).reshape(shape).cpu().numpy()
@@ -73,7 +73,7 @@ class TeacherCache:
 
     def _top(self, hidden: Tensor) -> TopLogits:
         """Shifted by the largest, so that what float16 rounds is small."""
-        found = top_logits(self._network.logits(hidden), self._k)
+        found = top_logits(self.network.logits(hidden), self._k)
         largest = found.values[:, :1]
         return TopLogits(found.values - largest, found.ids, found.total - largest[:, 0])
 

@@ -17,7 +17,7 @@ from fewfire.config import Activation
 from fewfire.train.activations import Threshold
 from fewfire.train.network import LayerState, Network
 
-MOVES = 0.1  # how far a cut moves in a step towards what the step's sample asks for
+MOVES = 0.2  # how far a cut moves in a step towards what the step's sample asks for
 _WINDOWS = 4  # of a forward pass
 
 

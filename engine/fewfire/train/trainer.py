@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fewfire.errors import FewfireError
 from fewfire.progress import Progress, silent
+from fewfire.train import log
 from fewfire.train.corpus import Corpus
 from fewfire.train.lora import trainable
 from fewfire.train.losses import TopLogits, distillation
@@ -31,7 +33,7 @@ from fewfire.train.network import Network
 from fewfire.train.teacher import TeacherCache
 from fewfire.train.whole import whole
 
-STATE, LOG = "state.pt", "log.jsonl"
+STATE = "state.pt"
 AT_ONCE = 256  # tokens whose logits over the whole vocabulary are in memory
 
 
@@ -45,6 +47,7 @@ class Plan:
     at_once: int = 2  # windows of a forward pass: gradients of several passes add up to a step
     warmup: float = 0.03  # share of the steps in which the rate rises
     floor: float = 0.05  # of the rate that is left at the end
+    labels: float = 0.0  # share of the text's own next tokens in the loss; the rest is the teacher's
     clip: float = 1.0  # largest norm of a step's gradient
     seed: int = 0
     measured: int = 10  # how often in all the held-out windows are measured, besides before the first step
@@ -134,34 +137,45 @@ class Trainer:
         """Forward and backward over some windows that are a share of the step's."""
         device = self.network.embed.weight.device
         ids = torch.from_numpy(self.corpus.windows[chosen].astype(np.int64)).to(device)
-        teacher = self.teacher.logits(chosen)
         self.method.watch(ids)
         hidden = self.network.hidden(ids, self.method.observe)
-        kl, grad = self._distil(hidden.detach(), teacher, share)
+        states = hidden.detach().requires_grad_()  # the head's part of the backward pass comes first, piece by piece
+        parts = {}
+        if self.plan.labels < 1:
+            parts["kl"] = self._distil(states, self.teacher.logits(chosen), (1 - self.plan.labels) * share)
+        if self.plan.labels > 0:
+            parts["text"] = self._predict(states, ids, self.plan.labels * share)
         extra = {name: loss * share for name, loss in self.method.losses().items()}
-        torch.autograd.backward([hidden, *extra.values()], [grad, *map(torch.ones_like, extra.values())])
-        parts = {"kl": kl, **{name: loss.item() for name, loss in extra.items()}}
+        torch.autograd.backward([hidden, *extra.values()], [states.grad, *map(torch.ones_like, extra.values())])
+        parts |= {name: loss.item() for name, loss in extra.items()}
         return {"loss": sum(parts.values()), **parts}
 
-    def _distil(self, hidden: Tensor, teacher: TopLogits, share: float) -> tuple[float, Tensor]:
-        """The distillation loss and its gradient by the final states, a few positions' logits at a time."""
-        hidden = hidden.requires_grad_()
-        count, total = hidden.shape[0] * hidden.shape[1], 0.0
-        flat = hidden.flatten(0, 1)
-        k = teacher.ids.shape[-1]
-        parts = zip(
-            flat.split(AT_ONCE),
-            teacher.values.reshape(-1, k).split(AT_ONCE),
-            teacher.ids.reshape(-1, k).split(AT_ONCE),
-            teacher.total.reshape(-1).split(AT_ONCE),
-            strict=True,
-        )
-        for part, values, ids, sums in parts:
-            loss = distillation(self.network.logits(part), TopLogits(values, ids, sums)) * (share * len(part) / count)
-            loss.backward()
-            total += loss.item()
-        assert hidden.grad is not None
-        return total, hidden.grad
+    def _distil(self, states: Tensor, teacher: TopLogits, weight: float) -> float:
+        """The distillation loss of `(B, T, hidden)` states, times a weight; adds its gradient to theirs."""
+        flat = states.flatten(0, 1)
+        parts = TopLogits(teacher.values.flatten(0, 1), teacher.ids.flatten(0, 1), teacher.total.flatten())
+        total = 0.0
+        for at in range(0, len(flat), AT_ONCE):
+            part = slice(at, at + AT_ONCE)
+            loss = distillation(self.network.logits(flat[part]), TopLogits(*(each[part] for each in parts)))
+            total += self._descend(loss, weight * len(flat[part]) / len(flat))
+        return total
+
+    def _predict(self, states: Tensor, ids: Tensor, weight: float) -> float:
+        """The loss of predicting the text itself, likewise; nothing follows the last token of a window."""
+        flat, targets = states[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        total = 0.0
+        for at in range(0, len(flat), AT_ONCE):
+            part = slice(at, at + AT_ONCE)
+            loss = functional.cross_entropy(self.network.logits(flat[part]), targets[part])
+            total += self._descend(loss, weight * len(flat[part]) / len(flat))
+        return total
+
+    @staticmethod
+    def _descend(loss: Tensor, weight: float) -> float:
+        loss = loss * weight
+        loss.backward()
+        return loss.item()
 
     def _windows(self, step: int) -> np.ndarray:
         """The numbers of a step's windows: the corpus in one order after another, without end."""
@@ -175,15 +189,15 @@ class Trainer:
         every = max(1, self.plan.steps // self.plan.measured)
         if self._measured == self.step or (self.step % every and self.step < self.plan.steps):
             return
-        found = measure(self.network, self.corpus.held_out)
+        found = asdict(measure(self.network, self.corpus.held_out))
+        if self.step == 0:
+            found["original"] = measure(self.teacher.network, self.corpus.held_out).perplexity
         with whole():
             self._measured = self.step
-            self._write({"step": self.step, **asdict(found)})
+            self._write({"step": self.step, **found})
 
     def _write(self, entry: Mapping[str, Any]) -> None:
-        with (self._directory / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            self._logged = file.tell()
+        self._logged = log.append(self._directory / log.NAME, entry)
 
     def save(self) -> None:
         """Writes a checkpoint of the last whole step."""
@@ -209,12 +223,16 @@ class Trainer:
             finally:
                 temporary.unlink(missing_ok=True)
 
+    def forget(self) -> None:
+        """Removes the checkpoint: the run is over, and its result is elsewhere."""
+        (self._directory / STATE).unlink(missing_ok=True)
+
     def _resume(self) -> None:
         """Goes back to the last checkpoint, if there is one; the log forgets what came after it."""
         torch.manual_seed(self.plan.seed)
-        path, log = self._directory / STATE, self._directory / LOG
+        path, logged = self._directory / STATE, self._directory / log.NAME
         if not path.exists():
-            log.unlink(missing_ok=True)
+            logged.unlink(missing_ok=True)
             return
         try:
             state = torch.load(path, map_location=self.network.embed.weight.device, weights_only=True)
@@ -233,6 +251,6 @@ class Trainer:
             torch.set_rng_state(state["random"].cpu())
             self.step, self._measured, self._seconds = state["step"], state["measured"], state["seconds"]
             self._logged = state["log"]
-            os.truncate(log, self._logged)
+            os.truncate(logged, self._logged)
         except (OSError, KeyError, RuntimeError, EOFError) as error:
             raise FewfireError(f"{path} cannot be read ({error}): delete it to begin anew") from None
