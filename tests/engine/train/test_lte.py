@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 pytest.importorskip("torch", reason="needs the `train` extra")
 
@@ -22,14 +21,15 @@ from fewfire.config import ModelConfig
 from fewfire.model import Model
 from fewfire.pack import pack
 from fewfire.packed import open_packed
-from fewfire.selectors import trained
 from fewfire.selectors.scores import Linear
 from fewfire.train.corpus import Corpus
+from fewfire.train.export import write
+from fewfire.train.log import NAME as LOG
 from fewfire.train.lte import Lte, Routed, efficiency, fitted, separability
 from fewfire.train.method import Method
 from fewfire.train.network import Network
 from fewfire.train.teacher import TeacherCache
-from fewfire.train.trainer import LOG, Plan, Trainer
+from fewfire.train.trainer import Plan, Trainer
 from tiny import prompt, write_tiny
 
 # --- losses and routing -----------------------------------------------------------------------------------------------
@@ -178,21 +178,22 @@ def undecided(method: Lte) -> float:
 
 
 def test_it_learns_to_be_efficient(learnt: Any, lesson: Lesson) -> None:
-    """The more efficiency weighs, the fewer groups are kept; what is left predicts nearly as well as all did."""
+    """The more efficiency weighs, the fewer groups are kept; the model learns to do without the others."""
     assert learnt[2] < 4
     density, perplexity = [], []
-    for weight in (0.0, 1.0, 5.0):
+    for weight in (0.0, 1.0, 4.0):
         _, _, log = lesson(f"efficiency-{weight}", efficiency=weight)
         density.append(1 - log[-1]["zeros"])
         perplexity.append(log[-1]["perplexity"])
-        first, last = log[1], log[-2]
+        before, first, last = log[0], log[1], log[-2]
+        assert perplexity[-1] < before["perplexity"] * (1 if weight < 4 else 1.1)
         assert "efficiency" in first
         assert "efficiency" not in last, "stage 2 has the task's loss alone"
         assert last["density"] == pytest.approx(density[-1], abs=0.06)
     print(density, perplexity, learnt[2])
     assert density[0] > density[1] + 0.05
     assert density[1] > density[2] + 0.05
-    assert max(perplexity) < 1.2 * learnt[2]
+    assert perplexity[1] < 1.05 * learnt[2]
 
 
 def test_scores_keep_away_from_the_threshold(lesson: Lesson) -> None:
@@ -231,31 +232,18 @@ def test_a_killed_run_goes_on_as_if_nothing_was(stop: int, lesson: Lesson) -> No
 def test_what_comes_out_runs_in_the_engine(lesson: Lesson, learnt: Any, tmp_path: Path) -> None:
     """Prefill and decode of the packed model give what the network gives, and read no more than the routers ask for."""
     network, method, _ = lesson("engine", efficiency=2.0)
-    source = write_tiny("llama-tied", tmp_path / "out", **SHAPES)
-    names = {name: value for name, value in network.state_dict().items() if ".activation." not in name}
-    stored = checkpoint_names(open_checkpoint(source).config, names)
-    save_file(stored, source / "model.safetensors")
-    result = method.result()
-    (source / trained.NAME).write_text(json.dumps(result.sparsity))
-    save_file({k: v.numpy() for k, v in result.tensors.items()}, source / trained.TENSORS)
-    model = Model(open_packed(pack(source, tmp_path / "packed", "f32")), 1)
+    write(network, learnt[0], method.result(), tmp_path / "out")
+    model = Model(open_packed(pack(tmp_path / "out", tmp_path / "packed", "f32")), 1)
     ids = CORPUS.held_out[0].tolist()
     network.eval()
     with torch.no_grad():
         theirs = network(torch.tensor([ids]))[0].numpy()
-    assert np.abs(model.logits(ids) - theirs).max() < 1e-3
+    assert np.abs(model.logits(ids) - theirs).max() < 0.02, "matrices are stored in float16"
     session = model.session()
-    assert np.abs([session.feed([i]) for i in ids] - theirs).max() < 1e-3
+    assert np.abs([session.feed([i]) for i in ids] - theirs).max() < 0.02
     kept = [int((part.scores[0, -1] > 0.5).sum()) for part in method._parts]
     assert model.engine.neurons_read()[:, 0].tolist() == [32 * n for n in kept]
     assert sum(kept) < 16
-
-
-def checkpoint_names(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    from fewfire.families import FAMILIES, canonical_to
-
-    names = FAMILIES[config.architecture].names
-    return {canonical_to(names, name): value.detach().numpy() for name, value in tensors.items()}
 
 
 @pytest.mark.parametrize("family", ["llama", "bamboo", "opt", "gemma3", "llama-norm-relu", "llama-fatsilu"])
