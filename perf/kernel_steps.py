@@ -42,12 +42,18 @@ def layer_norm(random: Random, *, columns: int, eps: float = 1e-5) -> Case:
     return Case(run, (Expectation(out, scaled + bias, ROUNDING * (np.abs(scaled) + np.abs(bias))),))
 
 
-def activate(random: Random, *, kind: int, count: int, threshold: float = 0.0) -> Case:
-    """The activation function, in place; it may overwrite the seven values that follow."""
+def activate(random: Random, *, kind: int, count: int, row: int = 0) -> Case:
+    """The activation function, in place; it may overwrite the seven values that follow.
+
+    With a `row`, what is not over its threshold becomes zero; every so many values have the same list of thresholds.
+    """
     out = Output((count,), spare=28)
     out.array[:] = random.standard_normal(count, np.float32) * 5
-    special = np.array([0, -0.0, 1e-30, -1e-30, 90, -90, 3e4, -3e4, 1e15, -1e15, threshold], np.float32)
+    special = np.array([0, -0.0, 1e-30, -1e-30, 90, -90, 3e4, -3e4, 1e15, -1e15, np.nan], np.float32)
     out.array[: min(count, special.size)] = special[:count]
+    least = np.abs(random.standard_normal(3 * row, np.float32))
+    ids = random.permutation(3 * row)[:row].astype(np.int32)
+    least[ids[8:9]] = special[8]  # what equals its threshold is not over it
     x = out.array.astype(np.float64)
     with np.errstate(over="ignore"):
         values = {
@@ -55,11 +61,15 @@ def activate(random: Random, *, kind: int, count: int, threshold: float = 0.0) -
             pointwise.GELU_TANH: lambda: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
             pointwise.RELU: lambda: np.maximum(x, 0),
             pointwise.RELU2: lambda: np.maximum(x, 0) ** 2,
-            pointwise.FATRELU: lambda: np.where(x > np.float32(threshold), x, 0),
         }[kind]()
+    if kind in (pointwise.RELU, pointwise.RELU2):
+        values = np.nan_to_num(values, nan=0.0, posinf=np.inf)
+    if row:
+        values = np.where(np.abs(values) <= np.resize(least[ids], count), 0, values)
+    arguments = (kind, out.address, count, least.ctypes.data if row else 0, ids.ctypes.data, row)
 
-    def run() -> None:
-        pointwise.activate(kind, threshold, out.address, count)
+    def run(_keep: object = (least, ids)) -> None:
+        pointwise.activate(*arguments)
 
     return Case(run, (Expectation(out, values, ROUNDING * np.abs(values) + 1e-7),))
 

@@ -41,14 +41,18 @@ def logits(packed: Packed, ids: Sequence[int], *, rounding: bool = True) -> np.n
     weights = tensors(packed)
     if packed.weights in ("f32", "bf16") or not rounding:
         return reference.forward(packed.config, weights, ids)
-    normed, linear, of = reference.normed, reference.linear, packed.formats
+    normed, normed_input, linear, of = reference.normed, reference.normed_input, reference.linear, packed.formats
 
     def rounded_normed(config: object, tensors: object, name: str, x: np.ndarray) -> np.ndarray:
         y = normed(config, tensors, name, x)  # type: ignore[arg-type]
-        return y if name.endswith("post_norm") else as_integers(y, of.table if "final" in name else of.rows)
+        return as_integers(y, of.table) if "final" in name else y
+
+    def rounded_input(config: object, tensors: object, name: str, x: np.ndarray) -> np.ndarray:
+        return as_integers(normed_input(config, tensors, name, x), of.rows)  # type: ignore[arg-type]
 
     def rounded_linear(tensors: object, name: str, x: np.ndarray) -> np.ndarray:
         return linear(tensors, name, as_integers(x, of.rows) if name.endswith(".o") else x)  # type: ignore[arg-type]
 
-    with patch.object(reference, "normed", rounded_normed), patch.object(reference, "linear", rounded_linear):
+    patches = {"normed": rounded_normed, "normed_input": rounded_input, "linear": rounded_linear}
+    with patch.multiple(reference, **patches):
         return reference.forward(packed.config, weights, ids, HalfCache())

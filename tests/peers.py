@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file
 
-from fewfire.config import ModelConfig, Rope
+from fewfire.config import THRESHOLDED, ModelConfig, Rope
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -52,13 +53,17 @@ def greedy(model: Model, ids: Sequence[int], n: int) -> list[int]:
 def from_directory(directory: Path) -> Model:
     """Transformers' own reading of a directory; families that it lacks are patched onto a Llama."""
     data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    kind = data["model_type"]
-    if kind not in ("sparsellama", "bamboo"):
-        return _load(transformers.AutoModelForCausalLM, directory)
-    act, threshold = data.pop("hidden_act"), data.pop("hidden_act_param", 0.0)
-    data.pop("model_type")
-    model = _load(transformers.LlamaForCausalLM, directory, config=transformers.LlamaConfig(**data))
-    patch_ffn(model, fatrelu(threshold) if act == "fatrelu" else torch.relu, act_on_up=kind == "bamboo")
+    kind, act = data["model_type"], data.get("hidden_act", "")
+    if kind not in ("sparsellama", "bamboo") and not act.startswith("fat"):
+        model = _load(transformers.AutoModelForCausalLM, directory)
+    else:
+        thresholds = [v for n, v in load_file(directory / "model.safetensors").items() if "act_threshold" in n]
+        thresholds = thresholds or [torch.tensor(data.pop("hidden_act_param", 0.0))] * data["num_hidden_layers"]
+        config = transformers.LlamaConfig(**{k: v for k, v in data.items() if k not in ("model_type", "hidden_act")})
+        model = _load(transformers.LlamaForCausalLM, directory, config=config)
+        patch_ffn(model, _BASES[act], thresholds, act_on_up=kind == "bamboo")
+    if data.get("norm_relu"):
+        patch_norms(model)
     return model
 
 
@@ -67,6 +72,8 @@ def transformers_model(checkpoint: Readable) -> Model:
     config = checkpoint.config
     state = {}
     for name in config.shapes():
+        if "act_threshold" in name:
+            continue
         values = checkpoint.read(name)
         if config.post_norms and "norm" in name:
             values = values - 1  # Gemma multiplies with 1 + w
@@ -81,14 +88,21 @@ def transformers_model(checkpoint: Readable) -> Model:
             layer.self_attn.scaling = config.scale
         if config.rope.factors:
             model.model.rotary_emb.inv_freq /= torch.tensor(config.rope.factors)
-    if config.hidden_act == "fatrelu" or config.act_on_up:
-        act = fatrelu(config.act_threshold) if config.hidden_act == "fatrelu" else torch.relu
-        patch_ffn(model, act, act_on_up=config.act_on_up)
+    if config.hidden_act in THRESHOLDED or config.act_on_up:
+        thresholds = [torch.zeros(1)] * config.num_hidden_layers
+        if config.hidden_act in THRESHOLDED:
+            thresholds = [
+                torch.from_numpy(checkpoint.read(f"layers.{i}.act_threshold.weight")) for i in range(len(thresholds))
+            ]
+        patch_ffn(model, _BASES[config.hidden_act], thresholds, act_on_up=config.act_on_up)
+    if config.norm_relu:
+        patch_norms(model)
     return model
 
 
 def _load(cls: Any, source: Path | None, **options: Any) -> Model:
     """Float32, and eager attention, which is the plainest."""
+    cls._keys_to_ignore_on_load_unexpected = ["act_threshold"]
     model, report = cls.from_pretrained(
         source, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **options
     )
@@ -125,7 +139,7 @@ def hf_name(config: ModelConfig, name: str) -> str:
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
     """A transformers config, its family chosen by the features of `config` and not by its name."""
-    acts = {"gelu_tanh": "gelu_pytorch_tanh", "fatrelu": "relu"}
+    acts = {"gelu_tanh": "gelu_pytorch_tanh", "fatrelu": "relu", "fatsilu": "silu"}
     act = acts.get(config.hidden_act, config.hidden_act)
     settings: dict[str, Any] = {
         "vocab_size": config.vocab_size,
@@ -195,17 +209,37 @@ def rope_parameters(rope: Rope) -> dict[str, Any]:
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
-def fatrelu(threshold: float) -> Activation:
-    """ProSparse's activation (2402.13516)."""
-    return lambda x: torch.where(x > threshold, x, 0.0)
+_BASES: dict[str, Activation] = {
+    "relu": torch.relu,
+    "fatrelu": torch.relu,
+    "fatsilu": torch.nn.functional.silu,
+}
 
 
-def patch_ffn(model: Model, act: Activation, *, act_on_up: bool) -> None:
-    """Give the FFNs of a Llama another activation, also on the up projection if asked (Bamboo)."""
+def patch_ffn(model: Model, base: Activation, thresholds: Sequence[torch.Tensor], *, act_on_up: bool) -> None:
+    """Give the FFNs of a Llama another activation, also on the up projection if asked (Bamboo).
+
+    It is zero where its absolute value is not over the layer's thresholds (ProSparse, 2402.13516; CATS, 2404.08763).
+    """
 
     def forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+        def act(y: torch.Tensor) -> torch.Tensor:
+            return torch.where(base(y).abs() > mlp.thresholds, base(y), 0.0)
+
         up = mlp.up_proj(x)
         return mlp.down_proj(act(mlp.gate_proj(x)) * (act(up) if act_on_up else up))
 
-    for layer in model.model.layers:
+    for layer, threshold in zip(model.model.layers, thresholds, strict=True):
+        layer.mlp.thresholds = threshold
         layer.mlp.forward = types.MethodType(forward, layer.mlp)
+
+
+def patch_norms(model: Model) -> None:
+    """A ReLU after the norms before attention and FFN (2310.04564, stage 2)."""
+    names = ("self_attn_layer_norm", "final_layer_norm"), ("input_layernorm", "pre_feedforward_layernorm")
+    names = *names, ("input_layernorm", "post_attention_layernorm")
+    layers = (model.model.decoder if hasattr(model.model, "decoder") else model.model).layers
+    for layer in layers:
+        pair = next(pair for pair in names if all(hasattr(layer, name) for name in pair))
+        for name in pair:
+            getattr(layer, name).register_forward_hook(lambda _module, _inputs, output: torch.relu(output))

@@ -28,7 +28,6 @@ def packed(weights: str = "f32", act: Activation = "silu", neurons: int = NEURON
         64,
         256,
         hidden_act=act,
-        act_threshold=THRESHOLD if act == "fatrelu" else 0.0,
         rope=Rope(1e4),
     )
     return Packed(Path("planted"), "planted", config, weights, {})
@@ -48,9 +47,11 @@ def layer(
     tensors = {"gate.weight": gate, "down.weight": normal(HIDDEN, neurons)}
     config = packed(act=act, neurons=neurons).config
     if act != "silu":
-        shift = np.quantile(x @ gate.T, 0.8, axis=0).astype(np.float32)
-        tensors["gate.bias"] = np.float32(config.act_threshold) - shift
-    activated = reference.activate(config, reference.linear(tensors, "gate", x))
+        tensors["gate.bias"] = -np.quantile(x @ gate.T, 0.8, axis=0).astype(np.float32)
+    if act == "fatrelu":
+        tensors["act_threshold.weight"] = threshold = np.full(neurons, THRESHOLD, np.float32)
+        tensors["gate.bias"] += threshold
+    activated = reference.activate(config, reference.linear(tensors, "gate", x), tensors.get("act_threshold.weight"))
     up = normal(tokens, neurons)
     early = x + normal(tokens, HIDDEN) * sizes / 2
     return Layer(0, early, x, x, activated, up, activated * up, normal(tokens, HIDDEN), tensors)

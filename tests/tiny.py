@@ -75,6 +75,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     | {"rope_parameters": {"rope_theta": 500000.0} | _LLAMA3},
     "llama-relu": _LLAMA | {"hidden_act": "relu"},
     "llama-relu2": _LLAMA | {"hidden_act": "relu2"},
+    "llama-fatsilu": _LLAMA | {"hidden_act": "fatsilu"},  # with thresholds of its own for each neuron
+    "llama-norm-relu": _LLAMA | {"hidden_act": "relu", "norm_relu": True},
     "sparsellama": _LLAMA
     | {
         "architectures": ["SparseLlamaForCausalLM"],
@@ -212,6 +214,8 @@ def tiny_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]
         else:
             for name, rows, columns in (("gate", ff, d), ("up", ff, d), ("down", d, ff)):
                 yield from linear(f"{at}mlp.{name}_proj", rows, columns, config.get("mlp_bias", False))
+        if config.get("hidden_act", "").startswith("fat") and "hidden_act_param" not in config:
+            yield f"{root}{at}mlp.act_threshold.weight", (ff,)
     yield from norm("final_layer_norm" if opt else "norm")
     if not config.get("tie_word_embeddings", kind.startswith(TIED_BY_DEFAULT)):
         yield "lm_head.weight", (config["vocab_size"], d)
@@ -222,6 +226,8 @@ def tiny_tensor(config: dict[str, Any], name: str, shape: tuple[int, ...], seed:
     # RandomState and not a Generator: NumPy has frozen its stream, and the goldens depend on it
     random = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32)
     values = random.standard_normal(shape).astype(np.float32)
+    if name.endswith("act_threshold.weight"):
+        return np.abs(values) * np.float32(0.18)
     if name.endswith(".bias"):
         return values * np.float32(0.3)
     if "norm" in name:  # Gemma stores the weight minus 1

@@ -62,8 +62,9 @@ def eval_command(
 ) -> None:
     """Perplexity of MODEL on a text FILE (lower is better).
 
-    Windows do not overlap, and all tokens but the first of each are scored. A window is read at once, with all
-    weights, as a prompt is, unless --decode or --against is there: what a calibration leaves out shows only then.
+    Windows do not overlap, and all tokens but the first of each are scored. A window is read at once, as a prompt is,
+    with every neuron that the model was trained with, unless --decode or --against is there: what a calibration leaves
+    out shows only then.
 
     --against dense tells the growth of perplexity and the KL divergence of the next token's distribution from dense's,
     over dense's 1,024 most probable tokens and all others together. After ± are standard errors over the windows.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fewfire.packed import Packed
     from fewfire.selectors.store import About
 
-_FFN, _ATTENTION = ("gate", "up", "down"), ("q", "k", "v", "o", "q_norm", "k_norm")
+_FFN, _ATTENTION = ("gate", "up", "down", "act_threshold"), ("q", "k", "v", "o", "q_norm", "k_norm")
 
 
 @click.command()
@@ -70,6 +70,7 @@ def info(model: str, weights: str, as_json: bool) -> None:
 def _open(model: str, weights: str) -> tuple[Packed, bool]:
     """The packed model, or what it would be; and whether it has a chat template."""
     from fewfire import packed, sources
+    from fewfire.adapter import Adapted, open_adapter
     from fewfire.checkpoint import open_checkpoint
 
     with ProgressBar() as progress:
@@ -77,6 +78,8 @@ def _open(model: str, weights: str) -> tuple[Packed, bool]:
     if packed.is_packed(path):
         return packed.open_packed(path), (path / packed.TEMPLATE).is_file()
     checkpoint = open_checkpoint(path)
+    if adapter := sources.adapter_of(model):
+        checkpoint = Adapted(checkpoint, open_adapter(adapter))
     # Sizes are all that is asked of the arrays, and a description has them as well as the arrays themselves.
     arrays = cast(Any, packed.arrays(checkpoint.config, weights))
     chats = checkpoint.chat_template() is not None
@@ -90,6 +93,8 @@ def _calibration(packed: Packed) -> tuple[About | None, str]:
     from fewfire.selectors import store
 
     try:
+        if is_packed(packed.path) and store.is_trained(packed) and (selection := store.load(packed)):
+            return None, f"none: the model was trained to choose its neurons by {selection.method}"
         return (store.about(packed) if is_packed(packed.path) else None), "none"
     except CheckpointError as error:
         return None, str(error).removeprefix(f"{packed.path}: the calibration ")

@@ -24,6 +24,7 @@ from fewfire_cli.generate import generate
 from fewfire_cli.info import info
 from fewfire_cli.models import models
 from fewfire_cli.pack import pack
+from fewfire_cli.train import train
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -48,7 +49,7 @@ def cli() -> None:
     """
 
 
-for command in (chat, generate, info, analyze, bench, calibrate, eval_command, pack, models, completions):
+for command in (chat, generate, info, analyze, bench, calibrate, eval_command, pack, train, models, completions):
     cli.add_command(terminal.color_option(command))
 
 

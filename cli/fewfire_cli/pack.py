@@ -17,8 +17,9 @@ from fewfire_cli.progress import ProgressBar
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @options.weights_option
+@click.option("--adapter", type=click.Path(path_type=Path), help="A file of what training changed, to be merged.")
 @click.option("--force", is_flag=True, help="Replace OUT when it is a packed model.")
-def pack(model: str, out: Path, weights: str, force: bool) -> None:
+def pack(model: str, out: Path, weights: str, adapter: Path | None, force: bool) -> None:
     """Converts MODEL into a packed model, the directory OUT.
 
     The other commands do this by themselves and keep the result in the cache. A packed model of your own can
@@ -28,6 +29,7 @@ def pack(model: str, out: Path, weights: str, force: bool) -> None:
     Example:
       fewfire pack smollm2 my-smollm2 --weights q8
       fewfire chat ./my-smollm2
+      fewfire pack smollm2 sparse --adapter adapter.safetensors
     """
     from fewfire import packed, sources
     from fewfire.pack import pack as write
@@ -37,12 +39,16 @@ def pack(model: str, out: Path, weights: str, force: bool) -> None:
         raise ValueError(f"{out} exists: choose another directory or pass --force")
     if out.exists() and not packed.is_packed(out):
         raise ValueError(f"{out} exists and is no packed model: choose another directory")
+    own = sources.adapter_of(model)
+    if adapter and own:
+        raise ValueError(f"{model} has an adapter already: pass --adapter with the model that it is made from")
     with ProgressBar() as progress:
         path = sources.resolve(model, progress)
         if packed.is_packed(path):
             raise ValueError(f"{path} is packed already: copy the directory, or pack what it was made from")
         target = out.with_name(f".{out.name}.{os.getpid()}") if out.exists() else out
-        write(path, target, weights, progress, name=model if model in sources.ALIASES else None)
+        alias = model in (*sources.ALIASES, *sources.ADAPTED) and not adapter
+        write(path, target, weights, progress, model if alias else None, adapter or own)
     if target != out:
         _swap(target, out)
     click.echo(f"{out}: {size(sum(f.stat().st_size for f in out.iterdir()))}")

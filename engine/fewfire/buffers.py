@@ -162,9 +162,9 @@ class Workspace(Buffers):
 
 
 class Batch(Buffers):
-    """Buffers for a batch of tokens (a multiple of 4)."""
+    """Buffers for a batch of tokens (a multiple of 4), of a model that may have been trained with a selection."""
 
-    def __init__(self, c: ModelConfig, threads: int, tokens: int) -> None:
+    def __init__(self, c: ModelConfig, threads: int, tokens: int, selection: Selection | None = None) -> None:
         super().__init__(BATCH)
         self.tokens = tokens
         x, attended = Activation(c.hidden_size, tokens), Activation(c.num_attention_heads * c.head_dim, tokens)
@@ -197,3 +197,7 @@ class Batch(Buffers):
             parts=(threads, parts, head + 8),
             scores=(threads, SCORES),
         )
+        if selection and selection.trained and selection.top is not None:
+            self.floats(gates=(tokens, c.intermediate_size))
+        if selection and selection.trained and selection.predictor:
+            self.floats(routes=(tokens, selection.predictor.bias.shape[1]))

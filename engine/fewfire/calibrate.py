@@ -47,10 +47,16 @@ def calibrate(
     and at most 1. budget: by how much perplexity may grow, 0.01 for 1 %. Exactly one of the two. text: sample text of
     the user's. The engine is borrowed meanwhile: sessions in other threads wait.
 
-    Raises `ValueError` for an impossible option or a text that is too short, `FewfireError` if no setting keeps the
-    budget, the model is being calibrated already, or the result cannot be written; it then uses what it used before.
+    Raises `ValueError` for an impossible option, a text that is too short, or a model that was trained with a
+    selection, which would be lost; `FewfireError` if no setting keeps the budget, the model is being calibrated
+    already, or the result cannot be written; it then uses what it used before.
     """
     check(method, density, budget)
+    if store.is_trained(model.packed):
+        raise ValueError(
+            f"{model.packed.name} was trained with a choice of its neurons, which a calibration would replace: "
+            "use it as it is, or calibrate the model that it was made from"
+        )
     store.check_writable(model.packed)
     name = "the default sample" if text is None else "text of the user's"
     work = Calibration(model, sample_text() if text is None else text, progress)

@@ -19,7 +19,7 @@ import numpy as np
 
 from fewfire.config import ModelConfig
 from fewfire.errors import CheckpointError
-from fewfire.families import Family, canonical_to, read_config
+from fewfire.families import Family, canonical_to, read_config, read_thresholds
 from fewfire.fields import Fields, unique
 from fewfire.tensorfile import Entry, read_header, read_rows, readable
 
@@ -84,11 +84,12 @@ def finite(array: np.ndarray, name: str, where: Path) -> np.ndarray:
     return array
 
 
+_THRESHOLD = ".act_threshold.weight"
 _END = 1 << 16  # bytes
 
 
-def fingerprint(path: Path) -> str:
-    """Short hex text that changes when a checkpoint's files do.
+def fingerprint(path: Path, adapter: Path | None = None) -> str:
+    """Short hex text that changes when a checkpoint's files do, or the adapter that is merged into it.
 
     Names, sizes, times, and both ends of each file: image builders give all files one time, and two fine-tuned models
     of a kind have the same sizes. The header is at one end; a change in the middle alone changes the time.
@@ -96,7 +97,7 @@ def fingerprint(path: Path) -> str:
     patterns = ("*.safetensors", "*.json", "*.jinja")
     files = [file for pattern in patterns for file in path.glob(pattern)] if path.is_dir() else [path]
     digest = hashlib.sha256()
-    for file in sorted(files):
+    for file in [*sorted(files), *([adapter] if adapter else [])]:
         stat = file.stat()
         digest.update(f"{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         with file.open("rb") as opened:
@@ -127,12 +128,18 @@ class HFCheckpoint:
         self.path = path
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path}: no config.json: not a model directory in the Hugging Face layout")
-        self._family, config = read_config(read_json(path / "config.json")[1], str(path / "config.json"))
+        data, where = read_json(path / "config.json")[1], str(path / "config.json")
+        self._family, config = read_config(data, where)
+        self._thresholds = read_thresholds(data, config.num_hidden_layers, where)
         entries: dict[str, Entry] = {}
         for file in _weight_files(path):
             entries.update(read_header(file))
         self._entries = {name: _find(self._family, name, entries) for name in config.shapes()}
-        shapes = {name: self._effective_shape(name, e) for name, e in self._entries.items() if e is not None}
+        wanting = [name for name, entry in self._entries.items() if entry is None and name.endswith(_THRESHOLD)]
+        if wanting and not self._thresholds:
+            raise Fields(data, where).error("hidden_act_param", "the activation's threshold, or one for each layer")
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(wanting, (config.intermediate_size,))
+        shapes |= {name: self._effective_shape(name, e) for name, e in self._entries.items() if e is not None}
         check_shapes(config, shapes, path)
         for name, entry in self._entries.items():
             if entry is not None and not readable(entry):
@@ -144,7 +151,9 @@ class HFCheckpoint:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """See `Checkpoint.read`."""
         entry = self._entries[name]
-        assert entry is not None
+        if entry is None:  # thresholds that are alike
+            start, stop = row_range(name, self.config.intermediate_size, start, stop)
+            return np.full(stop - start, self._thresholds[int(name.split(".")[1])], np.float32)
         shift = self._position_offset(name)
         start, stop = row_range(name, entry.shape[0] - shift, start, stop)
         rows = finite(read_rows(entry, start + shift, stop + shift), name, entry.path)

@@ -12,9 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-Activation = Literal["silu", "gelu_tanh", "relu", "relu2", "fatrelu"]
-ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "relu", "relu2", "fatrelu")
-EXACT_ZEROS: tuple[Activation, ...] = ("relu", "relu2", "fatrelu")  # these are zero for most of what they see
+Activation = Literal["silu", "gelu_tanh", "relu", "relu2", "fatrelu", "fatsilu"]
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "relu", "relu2", "fatrelu", "fatsilu")
+EXACT_ZEROS: tuple[Activation, ...] = ("relu", "relu2", "fatrelu", "fatsilu")  # zero for most of what they see
+#: Activations with a threshold for each neuron, which is a weight of the model: what they keep, they take from another
+#: one, and only where its absolute value is over the threshold (ProSparse, 2402.13516; CATS, 2404.08763).
+THRESHOLDED: dict[Activation, Activation] = {"fatrelu": "relu", "fatsilu": "silu"}
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,13 @@ class ModelConfig:
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
     hidden_act: Activation = "silu"
-    act_threshold: float = 0.0  # fatrelu: values up to this are zero (ProSparse, 2402.13516)
     gated: bool = True  # False: h = act(gate x), there is no up matrix (OPT)
     act_on_up: bool = False  # True: h = act(gate x) * act(up x) (Bamboo, TurboSparse 2406.05955)
     qkv_bias: bool = False
     o_bias: bool = False
     ffn_bias: bool = False
     qk_norm: bool = False  # RMS norm of each head's q and k before RoPE (Qwen3, Gemma 3)
+    norm_relu: bool = False  # ReLU after the norms before q, k, v and before gate, up (2310.04564, stage 2)
     post_norms: bool = False  # norms on the outputs of attention and FFN as well (Gemma's sandwich)
     attention_scale: float = 0.0  # 0 means head_dim ** -0.5
     embedding_scale: float = 1.0
@@ -133,6 +136,8 @@ class ModelConfig:
             if self.gated:
                 linear(at + "up", ff, d, self.ffn_bias)
             linear(at + "down", d, ff, self.ffn_bias)
+            if self.hidden_act in THRESHOLDED:
+                shapes[at + "act_threshold.weight"] = (ff,)
             if self.post_norms:
                 norm(at + "attn_post_norm")
                 norm(at + "ffn_post_norm")

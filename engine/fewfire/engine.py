@@ -13,14 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from fewfire.buffers import Batch, Buffers, Workspace, head_width
-from fewfire.config import ACTIVATIONS, EXACT_ZEROS
+from fewfire.config import ACTIVATIONS, EXACT_ZEROS, THRESHOLDED
 from fewfire.kernels import attention, axpy, dense, gather, pointwise, rows
 from fewfire.kernels.compile import Compiled, Primitive
 from fewfire.kernels.decode import decode
 from fewfire.kernels.dense import TOKENS
 from fewfire.kernels.gather import SOON
 from fewfire.kernels.layer import CACHE, MODEL
-from fewfire.kernels.prefill import prefill
+from fewfire.kernels.prefill import ROWS, prefill
+from fewfire.kernels.select import leave_out
 from fewfire.layers import layer_records
 from fewfire.packed import Formats, Packed
 from fewfire.progress import Progress, silent
@@ -89,10 +90,10 @@ class Engine:
         self._cache_format = "f32" if packed.weights in ("f32", "bf16") else "f16"
         self._cell = head_width(packed.config) * (4 if self._cache_format == "f32" else 2)
         self._primitives = _primitives(packed.formats, self._cache_format, group % attention.QUERIES)
-        _compile([*self._primitives.values(), decode, prefill], progress)
+        needed = [*self._primitives.values(), decode, prefill]
+        _compile([*needed, leave_out] if selection and selection.trained else needed, progress)
         self._packed = packed  # owns the mapped weights
         self._use(selection, dense, 0)
-        self._batch = Batch(packed.config, threads, TOKENS)
 
     @property
     def threads(self) -> int:
@@ -100,7 +101,9 @@ class Engine:
         return self._team.threads
 
     def select(self, selection: Selection | None, dense: bool = False) -> None:
-        """What decoding leaves out from now on. Without a selection, what a ReLU makes zero, unless it is to be dense.
+        """What decoding leaves out from now on, and prefill if the model was trained so.
+
+        Without a selection, what a ReLU makes zero, unless it is to be dense.
 
         Raises `ValueError` for a selection that does not fit the model.
         """
@@ -129,8 +132,11 @@ class Engine:
         selection = fitting(self._packed, selection) if selection else None
         self._layers = layer_records(self._packed, selection, dense)
         self._model = _model(self._packed, self._primitives, self._cell, selection.screen if selection else None)
+        if selection and selection.trained:
+            self._model.number(leave_out=leave_out.address)
         self._selection, self._dense = selection, dense
         self._work = Workspace(self.config, self.threads, positions, selection)
+        self._batch = Batch(self.config, self.threads, TOKENS, selection)
         self._traffic = Traffic(self._packed, selection, self._model.record[0], self._layers.record)
         self._bytes = self._packed.bytes_per_token()
 
@@ -184,7 +190,7 @@ class Engine:
         out = logits if rows == len(logits) else np.empty((rows, self.config.vocab_size), np.float32)
         with self._lock:
             if self._batch.tokens != count:
-                self._batch = Batch(self.config, self.threads, count)
+                self._batch = Batch(self.config, self.threads, count, self._selection)
             batch = self._batch
             self._team.run(
                 prefill, self._model.record, self._layers.record, batch.record, cache.record,
@@ -250,9 +256,10 @@ def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int, scree
         cell=cell,
         neurons=c.intermediate_size,
         vocab=c.vocab_size,
-        activation=ACTIVATIONS.index(c.hidden_act),
+        activation=ACTIVATIONS.index(THRESHOLDED.get(c.hidden_act, c.hidden_act)),
         act_on_up=c.act_on_up,
         gated=c.gated,
+        norm_relu=c.norm_relu,
         rope_half=c.head_dim // 2 if c.rope else 0,
         table_integer=1 if packed.formats.table == "q4" else 2,
         table_stride=arrays["embed"].strides[1],
@@ -260,7 +267,6 @@ def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int, scree
         **{f"{part}_column": row_bytes(packed.formats.down, column_shape(c, part)[1]) for part in COLUMNS},
         **strides,
     )
-    model.record["act_threshold"] = c.act_threshold if c.hidden_act == "fatrelu" else 0.0
     model.record["eps"], model.record["attention_scale"] = c.norm_eps, c.scale
     model.record["embedding_scale"] = c.embedding_scale
     for name in ("embed", "positions", "final_norm", "final_norm_bias"):
@@ -276,5 +282,5 @@ def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int, scree
         model.number(screen_rank=screen.rank, screen_stride=screen.rows.strides[0])
         model.record["screen_margin"] = screen.margin
     longest = max(a.shape[1] for a in arrays.values() if a.ndim == 3)
-    model.point("every", np.arange(longest + SOON, dtype=np.int32))
+    model.point("every", np.arange(longest + max(SOON, ROWS), dtype=np.int32))
     return model

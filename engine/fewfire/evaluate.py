@@ -4,8 +4,8 @@ The text is cut into windows that do not overlap; each is read from an empty cac
 but the first is scored. A model that wants a BOS token gets one at the start of each window, and then all
 the text's tokens are scored. Numbers of different windows, or of different tokenizers, are not comparable.
 
-What a selection leaves out shows only in decoding, one token at a time; a window that is read at once is dense.
-The comparison with dense is that of `damage.py`.
+What a selection leaves out shows only in decoding, one token at a time; a window that is read at once is dense, unless
+the model was trained with the selection. The comparison with dense is that of `damage.py`.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "relu2": "relu2",
     "relu_squared": "relu2",
     "fatrelu": "fatrelu",
+    "fatsilu": "fatsilu",
 }
 
 _DECODER_NAMES = {
@@ -52,6 +53,7 @@ _DECODER_NAMES = {
     "gate": "model.layers.{}.mlp.gate_proj",
     "up": "model.layers.{}.mlp.up_proj",
     "down": "model.layers.{}.mlp.down_proj",
+    "act_threshold": "model.layers.{}.mlp.act_threshold",
     "final_norm": "model.norm",
     "head": "lm_head",
 }
@@ -71,6 +73,7 @@ _OPT_NAMES = {
     "ffn_norm": "model.decoder.layers.{}.final_layer_norm",
     "gate": "model.decoder.layers.{}.fc1",
     "down": "model.decoder.layers.{}.fc2",
+    "act_threshold": "model.decoder.layers.{}.act_threshold",
     "final_norm": "model.decoder.final_layer_norm",
     "head": "lm_head",
 }
@@ -104,7 +107,7 @@ class Family:
 def _plain(fields: Fields, config: ModelConfig) -> ModelConfig:
     """Llama, and what sparse checkpoints made of it."""
     bias = fields.flag("attention_bias", False)
-    return replace(config, qkv_bias=bias, o_bias=bias, ffn_bias=fields.flag("mlp_bias", False))
+    return replace(config, qkv_bias=bias, o_bias=bias)
 
 
 def _mistral(fields: Fields, config: ModelConfig) -> ModelConfig:
@@ -255,7 +258,8 @@ def read_config(data: Mapping[str, Any], where: str = "config.json") -> tuple[Fa
         max_position_embeddings=fields.whole("max_position_embeddings", 1, MAX_CONTEXT),
         norm_eps=fields.number("rms_norm_eps", 0, 1, default=1e-6),
         hidden_act=_activation(fields, family.activation, act),
-        act_threshold=fields.number("hidden_act_param", 0, 1e6) if act == "fatrelu" else 0.0,
+        ffn_bias=fields.flag("mlp_bias", False),
+        norm_relu=fields.flag("norm_relu", False),
         tie_word_embeddings=fields.flag("tie_word_embeddings", family.tied),
         rope=read_rope(fields, "full_attention", fields.number("rope_theta", 1, 1e12, family.theta)),
         bos_token_id=next(iter(fields.ids("bos_token_id", vocab)), None),
@@ -264,6 +268,20 @@ def read_config(data: Mapping[str, Any], where: str = "config.json") -> tuple[Fa
     config = family.read(fields, config)
     check_heads(config, fields)
     return family, config
+
+
+def read_thresholds(data: Mapping[str, Any], layers: int, where: str = "config.json") -> tuple[float, ...]:
+    """What a thresholded activation's values must be over, layer by layer, where a layer has no tensor of them.
+
+    In `hidden_act_param`: one number for all layers, or a list of one for each; nothing if it is missing.
+    """
+    fields, name = Fields(data, where), "hidden_act_param"
+    if name not in fields:
+        return ()
+    if not isinstance(data[name], list):
+        return (fields.number(name, 0, 1e30),) * layers
+    each = {f"{name}[{i}]": value for i, value in enumerate(fields.items(name, layers) or ())}
+    return tuple(Fields(each, where).number(item, 0, 1e30) for item in each)
 
 
 def check_heads(

@@ -20,7 +20,7 @@ from fewfire.progress import Progress, silent
 from fewfire.sampling import Sampling
 from fewfire.selectors import store
 from fewfire.session import Session
-from fewfire.sources import resolve
+from fewfire.sources import adapter_of, resolve
 from fewfire.team import default_threads
 from fewfire.tokenizer import Tokenizer
 
@@ -59,10 +59,11 @@ def _packed(source: str | Path, weights: str, progress: Progress) -> Packed:
     if is_packed(path):
         return open_packed(path)
     name = model_name(path) if Path(source).expanduser().exists() else str(source).replace("/", "--").replace(":", "--")
-    cached = packed_dir() / f"{name}-{weights}-{fingerprint(path)}-v{VERSION}"
+    adapter = adapter_of(source)
+    cached = packed_dir() / f"{name}-{weights}-{fingerprint(path, adapter)}-v{VERSION}"
     if not is_packed(cached):
         try:
-            pack(path, cached, weights, progress, name)
+            pack(path, cached, weights, progress, name, adapter)
         except (ValueError, FewfireError):  # another process may have been faster
             if not is_packed(cached):
                 raise

@@ -21,26 +21,38 @@ from typing import BinaryIO
 import numpy as np
 
 from fewfire import packed, quantize
+from fewfire.adapter import Adapted, open_adapter
 from fewfire.checkpoint import Checkpoint, open_checkpoint
 from fewfire.config import ModelConfig
 from fewfire.errors import CheckpointError, FewfireError
 from fewfire.kernels import encode
 from fewfire.packed import DESCRIPTION, TEMPLATE, TOKENIZER, WEIGHTS, Formats
 from fewfire.progress import Progress, silent
+from fewfire.selectors import store, trained
 
 _ROWS = 2048  # encoded at a time
 
 
-def pack(source: Path, out: Path, weights: str = "q4", progress: Progress = silent, name: str | None = None) -> Path:
+def pack(
+    source: Path,
+    out: Path,
+    weights: str = "q4",
+    progress: Progress = silent,
+    name: str | None = None,
+    adapter: Path | None = None,
+) -> Path:
     """Converts the checkpoint at `source` into a packed model at `out`, which must not exist. Returns `out`.
 
-    Raises `ValueError` for an unknown format or an existing target, `CheckpointError` for a bad checkpoint,
-    `FewfireError` when the disk does not take it.
+    adapter: a file of what training has changed, which is merged into the weights (`adapter.py`). Raises `ValueError`
+    for an unknown format or an existing target, `CheckpointError` for a bad checkpoint or adapter, `FewfireError` when
+    the disk does not take it.
     """
     quantize.check_format(weights)
     if out.exists():
         raise ValueError(f"{out} exists already; remove it or choose another name")
     checkpoint = open_checkpoint(source)
+    if adapter:
+        checkpoint = Adapted(checkpoint, open_adapter(adapter))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _sweep(out)
@@ -84,6 +96,7 @@ def _write(checkpoint: Checkpoint, directory: Path, weights: str, progress: Prog
     last = offsets[list(contents)[-1]] + contents[list(contents)[-1]].nbytes
     total, done, digest = last, 0, hashlib.sha256()
     tokenizer, template = checkpoint.tokenizer_json(), checkpoint.chat_template()  # fail before the long part
+    sparsity = trained.read(checkpoint.path, config)
     with (directory / WEIGHTS).open("wb") as file:
         file.write(first)
         for array_name, array in contents.items():
@@ -100,6 +113,9 @@ def _write(checkpoint: Checkpoint, directory: Path, weights: str, progress: Prog
         (directory / TEMPLATE).write_text(template, encoding="utf-8")
     description = packed.describe(name, weights, config, digest.hexdigest())
     (directory / DESCRIPTION).write_text(description, encoding="utf-8")
+    if sparsity:
+        written = packed.open_packed(directory)
+        store.save(written, sparsity.selection(written), None)
     progress(f"packing {name} as {weights}", total, total)
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fewfire.config import ModelConfig
+from fewfire.config import THRESHOLDED, ModelConfig
 from fewfire.errors import CheckpointError
 from fewfire.quantize import row_bytes
 
@@ -34,7 +34,7 @@ _NAMES = {np.dtype(np.float32): "F32", np.dtype(np.uint8): "U8"}
 _PARTS = {
     "embed": ("embed", "positions"),
     "attention": ("qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias"),
-    "ffn": ("gate", "gate_bias", "updown", "up_bias", "down_bias"),
+    "ffn": ("gate", "gate_bias", "updown", "up_bias", "down_bias", "act_threshold"),
     "head": ("head",),
 }
 
@@ -106,6 +106,8 @@ def arrays(config: ModelConfig, weights: str) -> dict[str, Array]:
         floats("down_bias", layers, c.hidden_size)
         if c.gated:
             floats("up_bias", layers, c.intermediate_size)
+    if c.hidden_act in THRESHOLDED:
+        floats("act_threshold", layers, c.intermediate_size)
     if c.qk_norm:
         floats("q_norm", layers, c.head_dim)
         floats("k_norm", layers, c.head_dim)

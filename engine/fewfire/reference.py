@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fewfire.config import ModelConfig, Rope
+from fewfire.config import THRESHOLDED, ModelConfig, Rope
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -81,13 +81,13 @@ def block(
 ) -> Block:
     """One layer: attention and FFN, each on the normed residual stream and added to it."""
     at = f"layers.{layer}."
-    attn_in = normed(config, tensors, at + "attn_norm", x)
+    attn_in = normed_input(config, tensors, at + "attn_norm", x)
     joined = attention(config, tensors, layer, attn_in, positions, cache)
     y = linear(tensors, at + "o", joined)
     if config.post_norms:
         y = normed(config, tensors, at + "attn_post_norm", y)
     residual = x + y
-    ffn_in = normed(config, tensors, at + "ffn_norm", residual)
+    ffn_in = normed_input(config, tensors, at + "ffn_norm", residual)
     gate, up = neurons(config, tensors, layer, ffn_in)
     fired = gate if up is None else gate * up
     y = linear(tensors, at + "down", fired)
@@ -135,26 +135,30 @@ def neurons(config: ModelConfig, tensors: Tensors, layer: int, x: np.ndarray) ->
     Neuron i is row i of gate and up and column i of down.
     """
     at = f"layers.{layer}."
-    gate = activate(config, linear(tensors, at + "gate", x))
+    threshold = tensors.get(at + "act_threshold.weight")
+    gate = activate(config, linear(tensors, at + "gate", x), threshold)
     if not config.gated:
         return gate, None
     up = linear(tensors, at + "up", x)
-    return gate, activate(config, up) if config.act_on_up else up
+    return gate, activate(config, up, threshold) if config.act_on_up else up
 
 
-def activate(config: ModelConfig, x: np.ndarray) -> np.ndarray:
-    """The activation function of the FFN."""
-    match config.hidden_act:
+def activate(config: ModelConfig, x: np.ndarray, threshold: np.ndarray | None = None) -> np.ndarray:
+    """The activation function of the FFN, zero where its absolute value is not over the neuron's threshold."""
+    y = _plain_activation(config, x)
+    return y if threshold is None else np.where(np.abs(y) <= threshold, np.float32(0), y)
+
+
+def _plain_activation(config: ModelConfig, x: np.ndarray) -> np.ndarray:
+    match THRESHOLDED.get(config.hidden_act, config.hidden_act):
         case "silu":
             return x / (1 + np.exp(-np.maximum(x, -80)))  # below -80 it is all but 0, and exp would overflow
         case "gelu_tanh":
             return 0.5 * x * (1 + np.tanh(np.float32(np.sqrt(2 / np.pi)) * (x + 0.044715 * x**3)))
         case "relu":
             return np.maximum(x, 0)
-        case "relu2":
+        case _:  # relu2
             return np.maximum(x, 0) ** 2
-        case "fatrelu":
-            return np.where(x > config.act_threshold, x, np.float32(0))
 
 
 def linear(tensors: Tensors, name: str, x: np.ndarray) -> np.ndarray:
@@ -170,6 +174,12 @@ def normed(config: ModelConfig, tensors: Tensors, name: str, x: np.ndarray) -> n
         return rms_norm(x, tensors[name + ".weight"], config.norm_eps)
     x = x - x.mean(axis=-1, keepdims=True)
     return rms_norm(x, tensors[name + ".weight"], config.norm_eps) + tensors[name + ".bias"]
+
+
+def normed_input(config: ModelConfig, tensors: Tensors, name: str, x: np.ndarray) -> np.ndarray:
+    """What q, k and v, or gate and up, are multiplied with."""
+    y = normed(config, tensors, name, x)
+    return np.maximum(y, 0) if config.norm_relu else y
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:

@@ -7,6 +7,7 @@ to say. A path that exists wins over an alias or hub id of the same spelling.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from fewfire import hub, wheels
@@ -46,6 +47,32 @@ ALIASES: dict[str, WheelModel] = {
 }
 
 
+@dataclass(frozen=True)
+class AdaptedModel:
+    """An alias for another alias's model with an adapter that comes with the package (`adapter.py`)."""
+
+    name: str
+    about: str
+    base: str  # in ALIASES
+    file: str  # in the folder `adapters`
+
+    @property
+    def path(self) -> Path:
+        """The adapter's file."""
+        return Path(__file__).parent / "adapters" / self.file
+
+
+ADAPTED: dict[str, AdaptedModel] = {}
+
+
+def adapter_of(source: str | Path) -> Path | None:
+    """The adapter that is to be merged into the model that `resolve` finds, None if there is none."""
+    text = os.fspath(source)
+    if text in ADAPTED and not os.path.exists(os.path.expanduser(text)):
+        return ADAPTED[text].path
+    return None
+
+
 def resolve(source: str | Path, progress: Progress | None = None) -> Path:
     """The path of a model: a directory (Hugging Face layout or packed) or a .gguf file, fetched if needed."""
     text = os.fspath(source)
@@ -54,6 +81,8 @@ def resolve(source: str | Path, progress: Progress | None = None) -> Path:
     path = Path(os.path.expanduser(text))
     if os.path.exists(path):
         return _local(path)
+    if text in ADAPTED:
+        text = ADAPTED[text].base
     if text in ALIASES:
         return wheels.fetch(ALIASES[text], progress)
     if isinstance(source, str) and (named := hub.parse(source)):
@@ -62,7 +91,7 @@ def resolve(source: str | Path, progress: Progress | None = None) -> Path:
 
 
 def _choices() -> str:
-    return f"an alias ({', '.join(ALIASES)}), a model directory, a .gguf file or a hub id (owner/name)"
+    return f"an alias ({', '.join([*ALIASES, *ADAPTED])}), a model directory, a .gguf file or a hub id (owner/name)"
 
 
 def _local(path: Path) -> Path:
@@ -88,6 +117,6 @@ def _directory(path: Path) -> Path:
     remedy = f"pass {_choices()}"
     if inside := sorted(name for name in names if name.endswith(".gguf")):
         remedy = f"pass the file itself: {path / inside[0]}"
-    elif str(path) in ALIASES:
+    elif str(path) in (*ALIASES, *ADAPTED):
         remedy = "to use the alias of that name, run where no such directory is"
     raise SourceError(f"{path} is a directory without config.json or {DESCRIPTION}, so not a model: {remedy}")

@@ -38,6 +38,19 @@ class Entry:
 
 def read_header(path: Path) -> dict[str, Entry]:
     """Every tensor of the file. Raises `CheckpointError` on a header that does not fit the file."""
+    header, begin, size = _header(path)
+    header.pop("__metadata__", None)
+    return {name: _entry(path, name, info, begin, size) for name, info in header.items()}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the file says about itself. Raises `CheckpointError` on a damaged header."""
+    found = _header(path)[0].get("__metadata__", {})
+    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header, where the data begins, and the size of the file."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -55,8 +68,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise CheckpointError(f"{path}: the safetensors header is damaged; fetch the file again") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is damaged; fetch the file again")
-    header.pop("__metadata__", None)
-    return {name: _entry(path, name, info, 8 + length, size) for name, info in header.items()}
+    return header, 8 + length, size
 
 
 def read_rows(entry: Entry, start: int, stop: int) -> np.ndarray:
@@ -74,6 +86,19 @@ def read_rows(entry: Entry, start: int, stop: int) -> np.ndarray:
         wide <<= 16
         data = wide.view(np.float32)
     return data.astype(np.float32, copy=False).reshape(stop - start, *entry.shape[1:])
+
+
+def read_integers(entry: Entry) -> np.ndarray:
+    """A whole tensor of 32-bit integers. Raises `CheckpointError`."""
+    if entry.dtype != "I32":
+        raise CheckpointError(f"{entry.path}: a list of numbers is stored as {entry.dtype}, not as I32")
+    try:
+        data = np.fromfile(entry.path, "<i4", math.prod(entry.shape), offset=entry.offset)
+    except OSError as error:
+        raise CheckpointError(f"{entry.path}: cannot be read ({error.strerror})") from None
+    if data.size != math.prod(entry.shape):
+        raise CheckpointError(f"{entry.path}: the file has become shorter while it was read")
+    return data.reshape(entry.shape)
 
 
 def _entry(path: Path, name: str, info: Any, base: int, size: int) -> Entry:

@@ -56,7 +56,10 @@ def test_reads_every_tensor(family: str, layout: Any, tmp_path: Path) -> None:
     for name, shape in checkpoint.config.shapes().items():
         read = checkpoint.read(name)
         original = canonical_to(names, name)
-        expected = tiny_tensor(config, original, stored[original])[-shape[0] :]
+        if original not in stored:  # thresholds that are alike
+            expected = np.full(shape, config["hidden_act_param"], np.float32)
+        else:
+            expected = tiny_tensor(config, original, stored[original])[-shape[0] :]
         if family == "gemma3" and "norm" in name:
             expected = expected + np.float32(1)
         assert (read.shape, read.dtype) == (shape, np.float32)
@@ -92,6 +95,28 @@ def test_reading_rows_takes_little_memory(tmp_path: Path) -> None:
     checkpoint.read("embed.weight", 40_000, 40_100)
     assert tracemalloc.get_traced_memory()[1] < 300_000  # of 12 MB
     tracemalloc.stop()
+
+
+def test_thresholds_of_the_activation(tmp_path: Path) -> None:
+    """Of a layer in config.json, of its neurons in a tensor, which goes first."""
+    path = write_tiny("sparsellama", tmp_path, hidden_act_param=[0.1, 0, 0.3])
+    stored, ours = "model__layers__{}__mlp__act_threshold__weight", "layers.{}.act_threshold.weight"
+    checkpoint = open_checkpoint(path)
+    each = [checkpoint.read(ours.format(i)) for i in range(3)]
+    np.testing.assert_array_equal(each, np.repeat(np.array([[0.1], [0], [0.3]], np.float32), 96, axis=1))
+    with pytest.raises(ValueError, match="rows 0:97"):
+        checkpoint.read(ours.format(0), 0, 97)
+    own = np.linspace(0, 1, 96, dtype=np.float32)
+    edit_weights(path, **{stored.format(1): own})
+    checkpoint = open_checkpoint(path)
+    np.testing.assert_array_equal(checkpoint.read(ours.format(1)), own)
+    np.testing.assert_array_equal(checkpoint.read(ours.format(2)), each[2])
+    edit_json(path / "config.json", hidden_act_param=None)
+    assert "hidden_act_param is missing, expected the activation's threshold" in refusal(path)
+    edit_weights(path, **{stored.format(i): own for i in range(3)})
+    assert open_checkpoint(path).config.hidden_act == "fatrelu"
+    edit_weights(path, **{stored.format(1): own[1:]})
+    assert "layers.1.act_threshold.weight has shape (95,), the config asks for (96,)" in refusal(path)
 
 
 @pytest.mark.parametrize("rows", [(-1, 2), (2, 1), (0, 301), (301, 301)])

@@ -10,7 +10,7 @@ import pytest
 
 from fewfire.config import Rope
 from fewfire.errors import CheckpointError
-from fewfire.families import FAMILIES, canonical_to, read_config
+from fewfire.families import FAMILIES, canonical_to, read_config, read_thresholds
 from tiny import FAMILIES as TINY
 from tiny import tiny_config, tiny_shapes
 
@@ -27,7 +27,9 @@ def test_every_tensor_has_its_name(tiny: str) -> None:
     data = tiny_config(tiny)
     family, ours = read_config(data)
     stored = dict(tiny_shapes(data))
-    expected = {canonical_to(family.names, name): shape for name, shape in ours.shapes().items()}
+    alike = "hidden_act_param" in data  # thresholds that are no tensors
+    names = [name for name in ours.shapes() if not (alike and "act_threshold" in name)]
+    expected = {canonical_to(family.names, name): ours.shapes()[name] for name in names}
     if "positions.weight" in ours.shapes():
         rows, width = expected[family.names["positions"] + ".weight"]
         expected[family.names["positions"] + ".weight"] = (rows + family.position_offset, width)
@@ -82,12 +84,36 @@ def test_activations(hidden_act: str, expected: str) -> None:
 
 
 def test_sparse_families() -> None:
-    prosparse = config("sparsellama", hidden_act_param=0.01)
-    assert (prosparse.hidden_act, prosparse.act_threshold) == ("fatrelu", 0.01)
+    assert config("sparsellama").hidden_act == "fatrelu"
+    assert config("llama-fatsilu").hidden_act == "fatsilu"
     bamboo = config("bamboo")
     assert (bamboo.hidden_act, bamboo.act_on_up) == ("relu", True)
-    with pytest.raises(CheckpointError, match="hidden_act_param is missing"):
-        config("sparsellama", hidden_act_param=None)
+    assert config("qwen3", norm_relu=True).norm_relu
+    assert not config("llama").norm_relu
+    assert config("mistral", mlp_bias=True).ffn_bias, "a shifted ReLU"
+
+
+def test_thresholds_of_layers() -> None:
+    assert read_thresholds({}, 3) == read_thresholds({"hidden_act_param": None}, 3) == ()
+    assert read_thresholds({"hidden_act_param": 0.01}, 3) == (0.01, 0.01, 0.01)
+    assert read_thresholds({"hidden_act_param": [0.1, 0, 2]}, 3) == (0.1, 0.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (-0.1, r"hidden_act_param is -0.1, expected a number from 0"),
+        ("much", r"hidden_act_param is 'much', expected a number from 0"),
+        ([0.1, 0.2], r"hidden_act_param is a list of 2 entries, expected a list of 3 entries"),
+        ([0.1, -1, 0.2], r"hidden_act_param\[1\] is -1, expected a number from 0"),
+        ([0.1, None, 0.2], r"hidden_act_param\[1\] is missing, expected a number from 0"),
+        (float("inf"), r"hidden_act_param is inf, expected a number from 0"),
+    ],
+)
+def test_thresholds_that_are_refused(value: Any, message: str) -> None:
+    with pytest.raises(CheckpointError, match=f"^config.json: {message}") as caught:
+        read_thresholds({"hidden_act_param": value}, 3)
+    assert "\n" not in str(caught.value)
 
 
 def test_mistral_window() -> None:
@@ -196,6 +222,7 @@ def test_other_ropes(rope: dict[str, Any], expected: Rope) -> None:
         ("llama", {"hidden_act": "gelu"}, "activation 'gelu' is not supported; supported: silu"),
         ("llama", {"hidden_act": None}, "hidden_act is missing, expected one of silu"),
         ("llama", {"hidden_act": 3}, "hidden_act is 3, expected a string"),
+        ("llama", {"norm_relu": 1}, "norm_relu is 1, expected true or false"),
         ("llama", {"quantization_config": {"bits": 4}}, "already quantised .quantization_config."),
         ("llama", {"sparse_config": {"block": 64}}, "sparse_config"),
         (

@@ -178,7 +178,7 @@ def test_two_processes_pack_at_once(source: Path, monkeypatch: pytest.MonkeyPatc
     """The slower one takes what the faster one has made, whether it had begun or not."""
     real, calls = module.pack, 0
 
-    def slower(path: Path, out: Path, weights: str, progress: Callable[..., None], name: str) -> Path:
+    def slower(path: Path, out: Path, weights: str, progress: Callable[..., None], name: str, adapter: None) -> Path:
         nonlocal calls
         calls += 1
         if when == "before":

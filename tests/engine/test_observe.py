@@ -57,7 +57,7 @@ def test_the_parts_of_a_layer_fit_together(family, packed_path):
             y = reference.linear(layer.tensors, "down", layer.fired)
             if c.post_norms:
                 y = reference.normed(c, layer.tensors, "ffn_post_norm", y)
-            again = reference.normed(c, following.tensors, "attn_norm", layer.residual + y)
+            again = reference.normed_input(c, following.tensors, "attn_norm", layer.residual + y)
             np.testing.assert_allclose(following.attn_in, again, atol=1e-5)
 
 

@@ -15,6 +15,7 @@ from fewfire.reference import ReferenceCache, activate, forward, softmax
 from tiny import FAMILIES, prompt, write_tiny
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+OWN = ("sparsellama", "bamboo", "llama-fatsilu")  # what transformers does not have
 TOLERANCE = 2e-4  # ten times under what the engine has to meet; float32 rounding alone gives 5e-5
 # Widths that are no multiple of anything, one key head for all, a vocabulary larger than the tokenizer's
 ODD: dict[str, Any] = {
@@ -59,7 +60,18 @@ def test_matches_transformers_at_odd_sizes(family: str, tmp_path: Path, peers: A
     assert np.abs(reference(checkpoint, ids) - theirs).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("sparsellama", "bamboo")])
+@pytest.mark.parametrize("norm", ["llama-tied", "gemma3", "opt"])
+def test_relu_after_norms(norm: str, tmp_path: Path, peers: Any) -> None:
+    """Only after those that feed attention and FFN: not with a sandwich's others, and after a layer norm's bias."""
+    ids = prompt(64)
+    checkpoint = open_checkpoint(write_tiny(norm, tmp_path / "relu", norm_relu=True))
+    plain = open_checkpoint(write_tiny(norm, tmp_path / "plain"))
+    ours = reference(checkpoint, ids)
+    assert np.abs(ours - peers.logits(peers.from_directory(tmp_path / "relu"), ids)).max() < TOLERANCE
+    assert np.abs(ours - reference(plain, ids)).max() > 0.1
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in OWN])
 def test_reads_what_transformers_writes(family: str, tmp_path: Path, peers: Any) -> None:
     """Newer versions spell config.json otherwise (rope_parameters, layer_types) than tiny.py does."""
     tiny = open_checkpoint(write_tiny(family, tmp_path / "tiny"))

@@ -93,6 +93,6 @@ def settle_gates(model, weights, work):
             store_f32x8(work.ups + i, load_f32x8(work.gates + size + i))
         add_to(work.ups, weights.up_bias, n)
         if model.act_on_up:
-            call(model.activate, (model.activation, model.act_threshold, work.ups, n))
+            call(model.activate, (model.activation, work.ups, n, weights.act_threshold, model.every, n))
     add_to(work.gates, weights.gate_bias, n)
-    call(model.activate, (model.activation, model.act_threshold, work.gates, n))
+    call(model.activate, (model.activation, work.gates, n, weights.act_threshold, model.every, n))

@@ -25,6 +25,7 @@ from fewfire.kernels.simd import (
     store_f32,
     store_f32x8,
     store_i32,
+    where_over,
 )
 from fewfire.kernels.team import REGIONS, region_of
 
@@ -35,14 +36,15 @@ def record(integers: str, floats: str = "") -> np.dtype:
 
 
 # Primitives for the model's number formats; "table" is the embedding and the head, which may have another format. The
-# quantizers are 0 for f32 and bf16 rows. `attend` takes four queries, `attend_rest` the heads of a group that are left.
+# quantizers are 0 for f32 and bf16 rows, `leave_out` where prefill leaves out nothing. `attend` takes four queries,
+# `attend_rest` the heads of a group that are left.
 _PRIMITIVES = """
     gather_dot gather_axpy dot_tokens down_strip table_dot table_tokens table_row
-    attend attend_rest merge settle remember rms_norm layer_norm quantize table_quantize rotate activate
+    attend attend_rest merge settle remember rms_norm layer_norm quantize table_quantize rotate activate leave_out
 """
 # `width` is the hidden size padded to 64, `head_width` head_dim padded to 8, `cell` the bytes of one cached head.
 _SHAPE = """
-    layers hidden width heads kv_heads head_dim head_width cell neurons vocab activation act_on_up gated
+    layers hidden width heads kv_heads head_dim head_width cell neurons vocab activation act_on_up gated norm_relu
 """
 # Rows are `stride` bytes apart; a neuron's down row begins `down` bytes into its row of `updown`. `every` is the list
 # of all rows of any matrix, and some more for kernels to look ahead to; `frequencies` float32 (2, head_dim / 2):
@@ -54,17 +56,18 @@ _TABLES = """
     final_norm final_norm_bias frequencies rope_half every table_integer qkv_column o_column ffn_column
     screen screen_stride screen_basis screen_bias screen_rank
 """
-MODEL = record(_PRIMITIVES + _SHAPE + _TABLES, "act_threshold eps attention_scale embedding_scale screen_margin")
+MODEL = record(_PRIMITIVES + _SHAPE + _TABLES, "eps attention_scale embedding_scale screen_margin")
 
-# One layer: `local` says whether it uses the local RoPE, `window` what it sees. `qkv_columns` and so on are projections
-# by columns, 0 where they are read by rows, and `qkv_least` their inputs' thresholds (see `columns.py`). What its FFN
-# may leave out (see `select.py`): `active` lists its neurons, group by group of `group_size`; `predictor` are rows that
-# score the `groups`, `predictor_bias` is added to that; they meet `rank` rows of `basis` times x, or x where there are
-# none; `early` says that x is the attention's. `gate_least` and `down_least` are the neurons' thresholds, `top` is how
-# many are kept, or -1. Addresses are 0 where nothing is dropped.
+# One layer: `act_threshold` are the neurons' thresholds of the activation function (see `pointwise.activate`), `local`
+# says whether it uses the local RoPE, `window` what it sees. `qkv_columns` and so on are projections by columns, 0
+# where they are read by rows, and `qkv_least` their inputs' thresholds (see `columns.py`). What its FFN may leave out
+# (see `select.py`): `active` lists its neurons, group by group of `group_size`; `predictor` are rows that score the
+# `groups`, `predictor_bias` is added to that; they meet `rank` rows of `basis` times x, or x where there are none;
+# `early` says that x is the attention's. `gate_least` and `down_least` are the neurons' thresholds, `top` is how many
+# are kept, or -1. Addresses are 0 where nothing is dropped.
 LAYER = record(
     """
-    qkv qkv_bias q_norm k_norm o o_bias gate gate_bias updown up_bias down_bias
+    qkv qkv_bias q_norm k_norm o o_bias gate gate_bias updown up_bias down_bias act_threshold
     attn_norm attn_norm_bias attn_post_norm ffn_norm ffn_norm_bias ffn_post_norm local window active
     qkv_columns qkv_least o_columns o_least ffn_columns ffn_least
     predictor predictor_stride predictor_bias groups group_size basis basis_stride rank early
@@ -163,12 +166,18 @@ def quantize(address, x, t):
 
 @step
 def next_input(model, weight, bias, hidden, x, t, quantizer):
-    """Norm of the residual stream into vector t of x, ready to be multiplied with rows of the quantizer's format."""
+    """Norm of the residual stream into vector t of x, ready to be multiplied with rows of the quantizer's format.
+
+    Models with ReLUs there have none after the final norm.
+    """
     out = load_i64(x + VALUES) + 4 * t * model.width
     if bias != 0:
         call(model.layer_norm, (hidden, weight, bias, model.eps, model.hidden, out))
     else:
         call(model.rms_norm, (hidden, weight, model.eps, model.hidden, out))
+    if model.norm_relu != 0 and weight != model.final_norm:
+        for i in range(0, 4 * model.width, 32):
+            store_f32x8(out + i, where_over(load_f32x8(out + i), splat_f32(0.0)))
     quantize(quantizer, x, t)
 
 

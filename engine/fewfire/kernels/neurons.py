@@ -33,7 +33,7 @@ def _fire(model, weights, rows, count, gate, up):
     """gate *= up, for the neurons that `rows` lists, once the up rows have met x."""
     add_listed(up, weights.up_bias, rows, count)
     if model.act_on_up:
-        call(model.activate, (model.activation, model.act_threshold, up, count))
+        call(model.activate, (model.activation, up, count, weights.act_threshold, rows, count))
     multiply_by(gate, up, count)
 
 

@@ -21,6 +21,7 @@ from fewfire.kernels.simd import (
     load_f32,
     load_f32x8,
     load_i8x32,
+    load_i32,
     load_i64,
     max_lane,
     maximum,
@@ -43,7 +44,7 @@ from fewfire.kernels.simd import (
 
 _I = types.int64
 
-SILU, GELU_TANH, RELU, RELU2, FATRELU = range(5)  # the order of config.ACTIVATIONS
+SILU, GELU_TANH, RELU, RELU2 = range(4)  # the order of config.ACTIVATIONS, as far as these differ
 
 
 @inline
@@ -69,9 +70,13 @@ def _sigmoid(x):
     return divide(one, add(one, exp(subtract(splat_f32(0.0), x))))
 
 
-@primitive(_I, types.float64, _I, _I)
-def activate(kind, threshold, values, count):
-    """values[:count] = act(values[:count]); up to 7 elements past the end are overwritten."""
+@primitive(_I, _I, _I, _I, _I, _I)
+def activate(kind, values, count, least, ids, row):
+    """values[:count] = act(values[:count]); up to 7 elements past the end are overwritten.
+
+    What is not over its threshold becomes zero: `least[ids[j]]` is that of entry j of every `row` entries. No
+    thresholds: `least` is 0.
+    """
     end = values + 4 * count
     if kind == SILU:
         for at in range(values, end, 32):
@@ -87,9 +92,15 @@ def activate(kind, threshold, values, count):
         for at in range(values, end, 32):
             x = maximum(load_f32x8(at), splat_f32(0.0))
             store_f32x8(at, mul(x, x))
-    else:  # relu, and relu over a threshold
+    else:
         for at in range(values, end, 32):
-            store_f32x8(at, where_over(load_f32x8(at), splat_f32(threshold)))
+            store_f32x8(at, where_over(load_f32x8(at), splat_f32(0.0)))
+    if least != 0:
+        for j in range(row):
+            threshold = load_f32(least + 4 * load_i32(ids + 4 * j))
+            for at in range(values + 4 * j, end, 4 * row):
+                value = load_f32(at)
+                store_f32(at, np.float32(0.0) if abs(value) <= threshold else value)
 
 
 @primitive(_I, _I, types.float64, _I, _I)

@@ -1,6 +1,6 @@
 """A batch of tokens through all layers: the same steps as `decode.py`, with matrix products instead of single rows.
 
-All neurons are computed: between them, the tokens of a batch use nearly all.
+All neurons are computed: between them, the tokens of a batch use nearly all. What a model was trained without is zero.
 """
 
 from numba import types
@@ -33,11 +33,12 @@ ROWS = 16  # rows or neurons in a chunk
 _HEAD_ROWS = 64
 
 # Buffers of a batch of `tokens` tokens (a multiple of 4): row t belongs to token t; otherwise as in `decode.WORK`.
-# `fired` (tokens, neurons) is act(gate) * up. Each thread has `gate` and `up` (tokens, ROWS), `panel` (64 * 64 floats),
-# `key`, `parts` and `scores` (scratch of attention), and the descriptor `wanted` of the vectors whose logits are asked
-# for.
+# `fired` (tokens, neurons) is act(gate) * up; `gates` (tokens, neurons) is act(gate) and `routes` (tokens, groups) are
+# the scores of groups of neurons, in models that were trained with a choice by these. Each thread has `gate` and `up`
+# (tokens, ROWS), `panel` (64 * 64 floats), `key`, `parts` and `scores` (scratch of attention), and the descriptor
+# `wanted` of the vectors whose logits are asked for.
 BATCH = record("""
-    tokens x attended joined joined_stride hidden delta qkv query fired cos sin
+    tokens x attended joined joined_stride hidden delta qkv query fired gates routes cos sin
     gate up chunk_stride panel key key_stride parts parts_stride scores scores_stride wanted
 """)
 
@@ -78,19 +79,40 @@ def _offset(base, start):
 def _fire(model, weights, batch, start, count, gate, up):
     """act(gate) * up of some neurons, all tokens."""
     x, tokens, size = batch.x, batch.tokens, batch.tokens * ROWS
+    thresholds = weights.act_threshold, model.every + 4 * start, ROWS
     rows = weights.gate + start * model.gate_stride
     call(model.dot_tokens, (rows, model.gate_stride, count, x, tokens, gate, 4 * ROWS))
     _bias_columns(_offset(weights.gate_bias, start), count, gate, 4 * ROWS, tokens)
-    call(model.activate, (model.activation, model.act_threshold, gate, size))
+    call(model.activate, (model.activation, gate, size, *thresholds))
+    if batch.gates != 0:
+        for t in range(tokens):
+            copy(batch.gates + 4 * (t * model.neurons + start), gate + 4 * t * ROWS, count)
     if model.gated:
         rows = weights.updown + start * model.updown_stride
         call(model.dot_tokens, (rows, model.updown_stride, count, x, tokens, up, 4 * ROWS))
         _bias_columns(_offset(weights.up_bias, start), count, up, 4 * ROWS, tokens)
         if model.act_on_up:
-            call(model.activate, (model.activation, model.act_threshold, up, size))
+            call(model.activate, (model.activation, up, size, *thresholds))
         multiply_by(gate, up, size)
     for t in range(tokens):
         copy(batch.fired + 4 * (t * model.neurons + start), gate + 4 * t * ROWS, count)
+
+
+@inline
+def _route(model, weights, batch, start):
+    """Scores of some groups of neurons, all tokens."""
+    count, matrix = min(weights.groups - start, ROWS), weights.predictor + start * weights.predictor_stride
+    out, stride = batch.routes + 4 * start, 4 * weights.groups
+    call(model.dot_tokens, (matrix, weights.predictor_stride, count, batch.x, batch.tokens, out, stride))
+
+
+@inline
+def _leave_out(model, weights, batch):
+    """Zeroes what tokens do not need, in models that were trained so."""
+    if model.leave_out != 0:
+        chosen = batch.gates, weights.top, batch.routes, weights.groups
+        groups = weights.predictor_bias, weights.active, weights.group_size
+        call(model.leave_out, (batch.fired, batch.tokens, model.neurons, *chosen, *groups))
 
 
 @inline
@@ -207,14 +229,19 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
         phase = wait(team, phase)
 
         gate, up = batch.gate + thread * batch.chunk_stride, batch.up + thread * batch.chunk_stride
-        chunks = _chunks(model.neurons, ROWS)
+        fires = _chunks(model.neurons, ROWS)
+        chunks = fires + (_chunks(weights.groups, ROWS) if model.leave_out != 0 else 0)
         while True:
             chunk = take(team, phase, thread, chunks)
             if chunk < 0:
                 break
-            start = ROWS * chunk
-            _fire(model, weights, batch, start, min(model.neurons - start, ROWS), gate, up)
+            if chunk < fires:
+                start = ROWS * chunk
+                _fire(model, weights, batch, start, min(model.neurons - start, ROWS), gate, up)
+            else:
+                _route(model, weights, batch, ROWS * (chunk - fires))
             if finish(team, chunks):
+                _leave_out(model, weights, batch)
                 advance(team, phase)
         phase = wait(team, phase)
 

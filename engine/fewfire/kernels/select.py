@@ -8,8 +8,10 @@ neuron that was read for a token shortly before may be kept whatever these say (
 always kept, so that it is seen in the end.
 """
 
+from numba import types
+
 from fewfire.kernels.axpy import BLOCK
-from fewfire.kernels.compile import ZERO, inline, step
+from fewfire.kernels.compile import ZERO, inline, primitive, step
 from fewfire.kernels.gather import SOON
 from fewfire.kernels.layer import all_rows, pad, quantize
 from fewfire.kernels.simd import call, load_f32, load_i8, load_i32, store_f32, store_i8, store_i32
@@ -19,6 +21,7 @@ from fewfire.kernels.team import REGIONS, advance, finish, take, wait
 # decide the order of additions.
 _GROUPS, _PIECES = 4, 4
 NEURON_CHUNKS = _GROUPS * _PIECES
+_I = types.int64
 _LARGEST_BITS = 0x7FFFFFFF  # of a float's absolute value, taken as an integer: they are in the same order
 
 
@@ -115,7 +118,7 @@ def gates(model, weights, x, ids, size, gate):
     stride, end = model.gate_stride, (size + 3) // 4
     call(model.gather_dot, (weights.gate, stride, ids, ids + 4 * SOON, stride, size, 0, end, x, gate))
     add_listed(gate, weights.gate_bias, ids, size)
-    call(model.activate, (model.activation, model.act_threshold, gate, size))
+    call(model.activate, (model.activation, gate, size, weights.act_threshold, ids, size))
 
 
 @inline
@@ -173,3 +176,24 @@ def _over_all_but(values, count, top):
         else:
             least = middle
     return least
+
+
+@primitive(*[_I] * 10)
+def leave_out(fired, tokens, neurons, gates, top, scores, groups, bias, members, group_size):
+    """Zeroes the outputs of neurons that a token does not need, in a batch: `fired` (tokens, neurons).
+
+    Kept are the `top` neurons with the largest `gates` (tokens, neurons), -1 for all; of the `groups` of neurons, those
+    whose `scores` (tokens, groups) and `bias` are over 0 together; `members` lists the neurons group by group.
+    """
+    for t in range(tokens):
+        own, gate, score = fired + 4 * t * neurons, gates + 4 * t * neurons, scores + 4 * t * groups
+        if top >= 0:
+            least = _over_all_but(gate, neurons, top)
+            for i in range(0, 4 * neurons, 4):
+                if (load_i32(gate + i) & _LARGEST_BITS) <= least:
+                    store_f32(own + i, 0.0)
+        for group in range(groups):
+            if load_f32(score + 4 * group) + load_f32(bias + 4 * group) <= 0:
+                first = group * group_size
+                for i in range(first, min(first + group_size, neurons)):
+                    store_f32(own + 4 * load_i32(members + 4 * i), 0.0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from fewfire import reference
+from fewfire.config import ModelConfig
 from fewfire.observe import Layer
 from fewfire.packed import Packed
 from fewfire.quantize import decode, encode
@@ -20,6 +21,8 @@ from fewfire.selectors.fitting import fill
 from fewfire.selectors.scores import Linear, guessed, held_out, reduced_rank, refined
 
 __all__ = ["fill", "fit", "rank_of"]
+
+_INVERTED = 30  # steps of a fixed point, which for usual thresholds are far more than enough
 
 
 def rank_of(hidden: int) -> int:
@@ -36,9 +39,7 @@ def fit(packed: Packed, layer: Layer, *, rank: int | None = None, early: bool = 
     inputs, form = layer.attn_in if early else layer.ffn_in, packed.formats.rows
     rank = rank_of(inputs.shape[1]) if rank is None else rank
     held = held_out(len(inputs))
-    config = packed.config
-    seen = reference.linear(layer.tensors, "gate", layer.ffn_in[~held])
-    seen -= np.float32(config.act_threshold if config.hidden_act == "fatrelu" else 0)  # over 0, a neuron fires
+    seen = reference.linear(layer.tensors, "gate", layer.ffn_in[~held]) - _onset(packed.config, layer)
     functions = reduced_rank(inputs[~held], seen, rank)
     # Scores are only compared with each other, so all may be scaled, and float16 scales are most exact around 1.
     size = np.sqrt(np.square(functions).sum() / np.float32(rank))
@@ -58,3 +59,15 @@ def fit(packed: Packed, layer: Layer, *, rank: int | None = None, early: bool = 
         "members": members,
         "early": np.array(early),
     }
+
+
+def _onset(config: ModelConfig, layer: Layer) -> np.ndarray:
+    """What each neuron's gate must be over for it to fire, on the positive side: `(neurons,)`, or 0 for all."""
+    threshold = layer.tensors.get("act_threshold.weight")
+    if threshold is None:
+        return np.zeros((), np.float32)
+    found = threshold
+    if config.hidden_act == "fatsilu":
+        for _ in range(_INVERTED):
+            found = threshold * (1 + np.exp(-found))  # silu(x) = t is x = t (1 + exp(-x))
+    return found

@@ -14,6 +14,7 @@ from fewfire.quantize import padded, row_bytes
 from fewfire.selectors.selection import COLUMNS, Columns, Predictor, Screen, Selection, column_shape
 
 _PARTS: dict[str, type] = {"predictor": Predictor, "qkv": Columns, "o": Columns, "ffn": Columns, "screen": Screen}
+_ROUTER = {"predictor.rows", "predictor.bias", "predictor.members"}
 _ROWS = 4096  # stored rows of an array whose scales are checked
 
 
@@ -68,6 +69,8 @@ def misfit(packed: Packed, arrays: Mapping[str, np.ndarray], numbers: Mapping[st
         return "a predictor and the largest neurons exclude each other"
     if "ffn.columns" in arrays and {"top", "predictor.rows"} & set(arrays):
         return "gate and up by columns, and a choice of neurons before that, exclude each other"
+    if numbers["trained"] and not (set(arrays) == {"top"} or set(arrays) == _ROUTER):
+        return "a model can only have been trained with the largest neurons, or with a predictor without a basis"
     if numbers.get("predictor.early") and "predictor.basis" not in arrays:
         return "a predictor without a basis cannot be early"
     if "top" in arrays and not ((arrays["top"] >= 0) & (arrays["top"] <= neurons)).all():
@@ -87,7 +90,9 @@ def _expected(
     c, layers, found = packed.config, packed.config.num_hidden_layers, dict[str, tuple[Any, tuple[int, ...]]]()
     if not isinstance(numbers["method"], str) or type(numbers["window"]) is not int or numbers["window"] < 1:
         raise ValueError("numbers")
-    parts = {name.partition(".")[0] for name in (*arrays, *numbers)} - {"method", "window"}
+    if type(numbers["trained"]) is not bool:
+        raise ValueError("trained")
+    parts = {name.partition(".")[0] for name in (*arrays, *numbers)} - {"method", "window", "trained"}
     for name in parts & {"gate", "down"}:
         found[name] = (np.float32, (layers, c.intermediate_size))
     if "top" in parts:

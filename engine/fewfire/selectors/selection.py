@@ -92,3 +92,4 @@ class Selection:
     ffn: Columns | None = None  # outputs: all gate rows, then all up rows where the model has them
     window: int = 1  # tokens (positions from a multiple of it on) over which neurons that were read stay kept
     screen: Screen | None = None
+    trained: bool = False  # the model was trained with it: prefill leaves out the same, too

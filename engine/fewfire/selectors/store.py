@@ -65,9 +65,10 @@ class About:
     tried: list[dict[str, Any]] = field(default_factory=list)  # other methods' figures, if several were tried
 
 
-def save(packed: Packed, selection: Selection, about: About) -> Path:
+def save(packed: Packed, selection: Selection, about: About | None) -> Path:
     """Writes a calibration into the packed model's directory, in place of the one there. Returns its description.
 
+    about: None for a selection that the model was trained with, of which nothing was measured here.
     Raises `ValueError` for a selection that does not fit the model, `FewfireError` when the disk does not take it;
     what was there before stays then.
     """
@@ -80,7 +81,7 @@ def save(packed: Packed, selection: Selection, about: About) -> Path:
         "engine": _engine(),
         "model": model_digest(packed),
         "weights": packed.weights,
-        "about": dataclasses.asdict(about),
+        "about": dataclasses.asdict(about) if about else None,
         "numbers": numbers,
         "tensors": tensors,
         "contents": _digest(arrays),
@@ -137,7 +138,7 @@ def about(packed: Packed) -> About | None:
     """What the calibration of a packed model says about itself, None if there is none. Raises like `load`."""
     content = _description(packed)
     try:
-        return None if content is None else About(**content["about"])
+        return None if content is None or content["about"] is None else About(**content["about"])
     except TypeError:
         raise _damaged(packed, f"{NAME} is damaged") from None
 
@@ -163,6 +164,14 @@ def remove(packed: Packed) -> int:
         raise FewfireError(f"cannot remove {packed.path / NAME} ({error.strerror}); see who may write there") from None
     _sweep(packed.path, tensors, "")
     return freed
+
+
+def is_trained(packed: Packed) -> bool:
+    """Whether the packed model has a selection that it was trained with, be that damaged or not."""
+    try:
+        return bool(json.loads((packed.path / NAME).read_text(encoding="utf-8"))["numbers"]["trained"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def model_digest(packed: Packed) -> str:
@@ -204,6 +213,8 @@ def _description(packed: Packed) -> dict[str, Any] | None:
 
 
 def _damaged(packed: Packed, why: str) -> CheckpointError:
+    if is_trained(packed):
+        return CheckpointError(f"{packed.path}: what the model was trained with cannot be used: {why}; pack it again")
     return CheckpointError(
         f"{packed.path}: the calibration cannot be used: {why}; run `fewfire calibrate` on this model again, "
         f"pass --dense (dense=True), or delete {packed.path / NAME}"

@@ -42,14 +42,16 @@ def test_densities_come_out(family: str, part: str, packed_path: PackedPath) -> 
     fits = [FIT[part](packed, layer) for layer in layers]
     for fit in fits:
         assert (np.diff(fit["densities"]) > 0).all()
-        assert (np.diff(fit["errors"]) < 0).all()
+        left = fit["errors"]  # nothing is lost where half of the inputs are zero already
+        assert ((np.diff(left) < 0) | (left[1:] < 1e-9)).all()
         assert (fit["densities"][-1], fit["errors"][-1]) == (1.0, 0.0)
     wanted = [0.2, 0.5, 0.85]
     filled = FILL[part](packed, fits, wanted)
     assert misfit(packed, *flatten(Selection("magnitude", **{part: filled}))) == ""
     for layer, density in zip(layers, wanted, strict=True):
-        kept = np.abs(inputs(layer, part)) > filled.thresholds[layer.number]
-        assert kept.mean() == pytest.approx(density, abs=0.02)
+        x = inputs(layer, part)
+        kept, some = np.abs(x) > filled.thresholds[layer.number], float((x != 0).mean())
+        assert kept.mean() == pytest.approx(min(density, some), abs=0.02)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])

@@ -1,0 +1,194 @@
+"""A low-rank adapter: what training changed of a model, in a small file that is merged into it when it is packed.
+
+A safetensors file. `layers.3.gate.A` (r, in) and `layers.3.gate.B` (out, r) mean W += B A for the matrix
+`layers.3.gate.weight` (LoRA, 2106.09685, without a factor of its own); any vector under its canonical name, such as
+`layers.3.ffn_norm.weight` or `layers.3.act_threshold.weight`, takes the place of the model's. The entry `fewfire` of
+its metadata is a JSON object: "version", 1; "base", the model that it is for, by name; "digest", of that model's
+weights; "method", how it was made; "config", the fields of `ModelConfig` that change; "about", whatever people should
+know.
+
+Promises that an adapter for another model, with tensors that do not fit or with values that are no numbers is refused
+in one line, before anything is packed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from fewfire.checkpoint import Checkpoint, finite, row_range
+from fewfire.config import ModelConfig
+from fewfire.errors import CheckpointError
+from fewfire.fields import Fields
+from fewfire.tensorfile import Entry, read_header, read_metadata, read_rows, readable
+
+KEY, VERSION = "fewfire", 1
+CHANGES = ("hidden_act", "norm_relu", "ffn_bias")  # fields of a config that an adapter may change
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's file, opened: its tensors' places and what it says about itself."""
+
+    path: Path
+    base: str
+    digest: str
+    method: str
+    config: Mapping[str, Any]
+    about: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+
+
+def open_adapter(path: Path) -> Adapter:
+    """Opens a file, whatever model it is for. Raises `CheckpointError`."""
+    entries, text = read_header(path), read_metadata(path).get(KEY)
+    if text is None:
+        raise CheckpointError(f"{path}: no adapter: its metadata has no entry {KEY!r}")
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: the metadata is damaged; fetch the file again")
+    fields = Fields(data, str(path))
+    if data.get("version") != VERSION:
+        raise fields.error("version", f"{VERSION} (a newer fewfire may know it)")
+    config, about = fields.section("config"), fields.section("about")
+    changes, said = config.data if config else {}, about.data if about else {}
+    if unknown := sorted(set(changes) - set(CHANGES)):
+        raise CheckpointError(f"{path}: config: {unknown[0]} cannot be changed; only {', '.join(CHANGES)} can")
+    for name, entry in entries.items():
+        if not readable(entry):
+            raise CheckpointError(f"{path}: tensor {name} is stored as {entry.dtype}; supported: F32, F16, BF16")
+    base, weights, method = (fields.text(name) for name in ("base", "digest", "method"))
+    return Adapter(path, base, weights, method, changes, said, entries)
+
+
+def digest(checkpoint: Checkpoint) -> str:
+    """Tells models apart by their weights, whatever files these are in: by all vectors, and each matrix's first row."""
+    found = hashlib.sha256()
+    for name, shape in checkpoint.config.shapes().items():
+        found.update(f"{name} {shape} ".encode())
+        found.update(checkpoint.read(name, 0, 1 if len(shape) > 1 else None).tobytes())
+    return found.hexdigest()[:16]
+
+
+class Adapted:
+    """A checkpoint with an adapter merged into it."""
+
+    def __init__(self, checkpoint: Checkpoint, adapter: Adapter) -> None:
+        """Raises `CheckpointError` if the adapter is for another model, or is damaged."""
+        self._checkpoint, self._adapter, self.path = checkpoint, adapter, checkpoint.path
+        if digest(checkpoint) != adapter.digest:
+            raise CheckpointError(
+                f"{adapter.path}: made for {adapter.base[:80]}, and the weights of {checkpoint.path} are others"
+            )
+        self.config = _changed(checkpoint.config, adapter)
+        self._low_rank = _check_tensors(checkpoint.config, self.config, adapter)
+        for name, entry in adapter.entries.items():  # some megabytes, so that no NaN shows halfway through
+            self._tensor(name, 0, entry.shape[0])
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """See `Checkpoint.read`."""
+        shape = self.config.shapes()[name]
+        start, stop = row_range(name, shape[0], start, stop)
+        if name in self._adapter.entries:
+            return self._tensor(name, start, stop)
+        rows = self._checkpoint.read(name, start, stop)
+        if name in self._low_rank:
+            part = name.removesuffix(".weight")
+            rank = self._adapter.entries[f"{part}.A"].shape[0]
+            rows = rows + self._tensor(f"{part}.B", start, stop) @ self._tensor(f"{part}.A", 0, rank)
+        return rows
+
+    def tokenizer_json(self) -> str:
+        """See `Checkpoint.tokenizer_json`."""
+        return self._checkpoint.tokenizer_json()
+
+    def chat_template(self) -> str | None:
+        """See `Checkpoint.chat_template`."""
+        return self._checkpoint.chat_template()
+
+    def _tensor(self, name: str, start: int, stop: int) -> np.ndarray:
+        return finite(read_rows(self._adapter.entries[name], start, stop), name, self._adapter.path)
+
+
+def save(
+    path: Path,
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    base: str,
+    method: str,
+    config: Mapping[str, Any],
+    about: Mapping[str, Any],
+) -> Adapter:
+    """Writes an adapter for a checkpoint: matrices in float16, vectors in float32.
+
+    tensors: under their names in the file; config: the fields that change; base, method, about: see the module. Raises
+    `CheckpointError` if what was written could not be merged, and then leaves nothing, or what was there before.
+    """
+    with np.errstate(over="ignore"):
+        stored = {k: np.ascontiguousarray(v, np.float16 if v.ndim > 1 else np.float32) for k, v in tensors.items()}
+    said = {"version": VERSION, "base": base, "digest": digest(checkpoint), "method": method}
+    text = json.dumps({**said, "config": dict(config), "about": dict(about)})
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        save_file(stored, temporary, metadata={KEY: text})
+        Adapted(checkpoint, open_adapter(temporary))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return open_adapter(path)
+
+
+def _changed(config: ModelConfig, adapter: Adapter) -> ModelConfig:
+    """The config with the adapter's changes. Raises `CheckpointError`."""
+    fields = Fields(adapter.config, f"{adapter.path}: config")
+    changes: dict[str, Any] = {}
+    if "hidden_act" in fields:
+        changes["hidden_act"] = fields.text("hidden_act")
+    for name in ("norm_relu", "ffn_bias"):
+        if name in fields:
+            changes[name] = fields.flag(name, False)
+    changed = replace(config, **changes)
+    try:
+        changed.check()
+    except ValueError as error:
+        raise CheckpointError(f"{adapter.path}: config: {error}") from None
+    return changed
+
+
+def _check_tensors(before: ModelConfig, after: ModelConfig, adapter: Adapter) -> set[str]:
+    """The matrices that change, by name. Raises `CheckpointError` for tensors that do not fit, and for missing ones."""
+    old, new, found = before.shapes(), after.shapes(), adapter.entries
+    low_rank = {f"{name[:-2]}.weight" for name in found if name.endswith((".A", ".B"))}
+    expected = {name: new[name] for name in found if name in new and len(new[name]) == 1}
+    for name in sorted(low_rank):
+        part = name.removesuffix(".weight")
+        pair = [found.get(f"{part}.A"), found.get(f"{part}.B")]
+        if len(new.get(name, ())) != 2 or len(old.get(name, ())) != 2:
+            raise CheckpointError(f"{adapter.path}: {part} is no matrix of {adapter.base[:80]}")
+        if pair[0] is None or pair[1] is None:
+            raise CheckpointError(f"{adapter.path}: {part} has one of the tensors A and B, not both")
+        rank = pair[0].shape[0] if pair[0].shape else 0
+        expected |= {f"{part}.A": (rank, new[name][1]), f"{part}.B": (new[name][0], rank)}
+    for name, entry in found.items():
+        if name not in expected:
+            raise CheckpointError(f"{adapter.path}: tensor {name} is none that {adapter.base[:80]} could have")
+        if entry.shape != expected[name]:
+            raise CheckpointError(
+                f"{adapter.path}: tensor {name} has shape {entry.shape}, the model asks for {expected[name]}"
+            )
+    if missing := [name for name in new if name not in old and name not in found]:
+        raise CheckpointError(f"{adapter.path}: tensor {missing[0]} is missing, which its config asks for")
+    return low_rank

@@ -1,0 +1,131 @@
+"""The method `relufy`: activations with exact zeros in place of the model's own.
+
+Of ReLU Strikes Back (2310.04564): stage 1, ReLU in the FFN (section 4.1); stage 2, ReLU after the norms as well
+(section 4.2); shifted ReLU (section 5.3), here as a bias of the gate, -b at first, which may then move by neuron.
+Of ProSparse (2402.13516, section 3.2): L1 regularization with a rising factor, and thresholds in place of the zero of
+ReLU at the end, here one for each neuron and as high as the wanted sparsity asks for, where the paper has 0.01 for all.
+And `threshold`: the original activation where it is large (CATS, 2404.08763), raised while training, which starts much
+nearer to the original than ReLU does.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fewfire.config import THRESHOLDED, Activation
+from fewfire.train.losses import l1, rising
+from fewfire.train.method import Method, Result
+from fewfire.train.network import LayerState, Network
+from fewfire.train.rise import Rise
+from fewfire.train.thresholds import Cuts, neuron_weights
+
+Kind = Literal["threshold", "relu", "shifted"]
+CALIBRATED = 8  # windows that weights and first thresholds are measured on
+_LARGEST = 1e30  # a threshold that nothing is over
+
+
+def thresholded(kind: Activation) -> Activation:
+    """The name of an activation that is cut off at thresholds. Raises `ValueError` where the engine has none."""
+    names = {base: name for name, base in THRESHOLDED.items()}
+    if kind not in names:
+        raise ValueError(f"{kind} cannot be cut off at thresholds, only {', '.join(names)}: use --activation relu")
+    return names[kind]
+
+
+def shift(network: Network, by: float) -> None:
+    """Adds -by to the biases of all gates, and biases of zero where a model has none."""
+    for layer in network.layers:
+        for name in ("gate", "up", "down"):
+            linear = getattr(layer, name)
+            if linear is not None and linear.bias is None:
+                linear.bias = nn.Parameter(linear.weight.new_zeros(linear.weight.shape[0]))
+        with torch.no_grad():
+            layer.gate.bias -= by
+
+
+class Relufy(Method):
+    """See the module. Changes the network's activations; `windows` `(windows, T)` are for the first thresholds.
+
+    rise: the wanted share of zeros, None for the zeros that ReLU has by itself; stage: 2 for ReLU after the norms; by:
+    the shift of shifted ReLU; regularization: ProSparse's last factor, here of the mean |activation| over neurons,
+    layers and tokens, which does not depend on the model's size.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        windows: np.ndarray,
+        rise: Rise | None,
+        steps: int,
+        *,
+        kind: Kind = "threshold",
+        stage: int = 1,
+        by: float = 0.0,
+        regularization: float = 0.0,
+        uniform: bool = False,
+    ) -> None:
+        if kind == "threshold" and rise is None:
+            raise ValueError("--activation threshold needs a --sparsity")
+        own = network.config.hidden_act
+        base: Activation = THRESHOLDED.get(own, own) if kind == "threshold" else "relu"
+        self._name = thresholded(base)
+        self._config = {"norm_relu": True} if stage == 2 else {}
+        self._rise, self._steps, self._regularization = rise, steps, regularization
+        self._late = kind != "threshold"  # thresholds come at the end
+        self._zeros: list[Tensor] = []
+        self._sizes: list[Tensor] = []
+        self._factor = 0.0
+        windows = windows[:CALIBRATED]
+        self._cuts = Cuts(network, base, neuron_weights(network, windows), uniform)
+        if stage == 2:
+            for layer in network.layers:
+                layer.norm_activation = nn.ReLU()
+        if kind == "shifted":
+            self._config["ffn_bias"] = True
+        if self._late:
+            self._cuts.set(0.0)
+        elif rise is not None:
+            self._cuts.calibrate(network, windows, rise.sparsity(0))
+
+    def begin(self, step: int) -> None:
+        last = step == self._steps - 1
+        moves = self._rise is not None and (last if self._late else self._rise.moves(step))
+        self._cuts.track(moves)
+        ends = [self._steps // 10, self._steps // 2, self._steps]
+        self._factor = rising(step, ends, [self._regularization * share for share in (0.025, 0.25, 1.0)])
+        self._zeros = []
+
+    def watch(self, ids: Tensor) -> None:
+        self._sizes = []
+
+    def observe(self, number: int, state: LayerState) -> None:
+        self._zeros.append((state.gate.detach() == 0).float().mean())
+        if self._regularization:
+            self._sizes.append(l1(state.fired) / state.fired.shape[-1])
+
+    def losses(self) -> dict[str, Tensor]:
+        return {"l1": torch.stack(self._sizes).mean() * self._factor} if self._sizes else {}
+
+    def end(self, step: int) -> None:
+        if self._rise is None:
+            return
+        if self._late and step == self._steps - 1:
+            self._cuts.move(self._rise.end, by=1.0)
+            for part in self._cuts.parts:  # where ReLU has more zeros by itself
+                part.set(max(0.0, float(part.cut)))
+        elif not self._late and self._rise.moves(step):
+            self._cuts.move(self._rise.sparsity(step + 1))
+
+    def figures(self) -> dict[str, float]:
+        return {"zeros": float(torch.stack(self._zeros).mean())}
+
+    def result(self) -> Result:
+        if self._late and all(float(part.cut) == 0.0 for part in self._cuts.parts):
+            return Result({"hidden_act": "relu", **self._config})
+        limits = [part.least.clamp(0.0, _LARGEST) for part in self._cuts.parts]
+        vectors = {f"layers.{i}.act_threshold.weight": limit for i, limit in enumerate(limits)}
+        return Result({"hidden_act": self._name, **self._config}, vectors)

@@ -1,0 +1,186 @@
+"""A training run from a user's words to a finished directory: opens the model, builds the corpus, trains, exports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fewfire.cache import cache_dir
+from fewfire.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from fewfire.progress import Progress, silent
+from fewfire.sources import resolve
+from fewfire.tokenizer import Tokenizer
+from fewfire.train import corpus as text
+from fewfire.train import export, log, lora
+from fewfire.train.corpus import Corpus
+from fewfire.train.layerwise import Layerwise
+from fewfire.train.method import Method
+from fewfire.train.network import Network
+from fewfire.train.relufy import Kind, Relufy, shift
+from fewfire.train.rise import Rise
+from fewfire.train.teacher import TeacherCache
+from fewfire.train.topk import TopKMethod
+from fewfire.train.trainer import Plan, Trainer
+
+TOP = 64  # logits of the teacher that are kept for a token
+SPARSITY = 0.8  # unless another is wanted
+HELD_OUT = 16  # windows that are measured
+TRAINING = "training"  # the directory of a run's log and state, in that of its result
+AT_ONCE = 1024  # tokens of a forward pass
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose. Not every method reads all of it."""
+
+    tokens: int = 1_000_000
+    sparsity: float | None = None  # None: 0.8, or what ReLU has by itself
+    rank: int = 0  # of the updates; 0: all weights of the projections move
+    adapter: int = 0  # of a full update, to which rank it is written as an adapter besides; 0: it is not
+    rate: float | None = None  # None: 1e-4, or 1e-3 for low-rank updates
+    window: int = 512
+    batch: int = 2  # windows of a step
+    labels: float = 0.0  # share of the text's own next tokens in the loss
+    layerwise: float = 0.0  # weight of the layers' relative errors
+    seed: int = 0
+    activation: Kind = "threshold"
+    stage: int = 1
+    shift: float = 1.0
+    l1: float = 0.0
+    uniform: bool = False  # the same sparsity in all layers
+
+    def check(self) -> None:
+        """Raises `ValueError` for what no method can do."""
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise ValueError(f"--sparsity must be between 0 and 1, not {self.sparsity:g}")
+        for name, least in (("tokens", 1), ("window", 2), ("batch", 1), ("rank", 0), ("adapter", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        if not 0 <= self.labels <= 1:
+            raise ValueError(f"--labels must be from 0 to 1, not {self.labels:g}")
+        for name in ("layerwise", "l1"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"--{name} must be 0 or more, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What a recipe has to work with."""
+
+    network: Network
+    corpus: Corpus
+    options: Options
+    steps: int
+
+    @property
+    def rise(self) -> Rise:
+        """The sparsity by step."""
+        return Rise(self.options.sparsity or SPARSITY, self.steps)
+
+
+def relufy(setup: Setup) -> Method:
+    """See `relufy.py`."""
+    o = setup.options
+    if o.activation == "shifted":
+        shift(setup.network, o.shift)
+    return Relufy(
+        setup.network,
+        setup.corpus.windows,
+        setup.rise if o.activation == "threshold" or o.sparsity else None,
+        setup.steps,
+        kind=o.activation,
+        stage=o.stage,
+        regularization=o.l1,
+        uniform=o.uniform,
+    )
+
+
+def topk(setup: Setup) -> Method:
+    """See `topk.py`."""
+    return TopKMethod(setup.network, setup.rise)
+
+
+def plain(setup: Setup) -> Method:
+    """Nothing but the training itself: what the others are to be compared with."""
+    return Method()
+
+
+RECIPES: dict[str, Callable[[Setup], Method]] = {"relufy": relufy, "topk": topk, "plain": plain}
+
+
+def train(
+    method: str,
+    source: str,
+    out: Path,
+    texts: Sequence[Path],
+    options: Options,
+    held_out: Path | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Trains a model to fire less; an unfinished run in `out` goes on. Returns `out`.
+
+    method: one of `RECIPES`; source: whatever `resolve` takes. Raises `ValueError` for options that cannot be met or
+    that an unfinished run did not have, `FewfireError` where files are at fault.
+    """
+    options.check()
+    if (out / "config.json").exists():
+        raise ValueError(f"{out} has a model already: choose another directory")
+    path = resolve(source, progress)
+    checkpoint = open_checkpoint(path)
+    corpus = _corpus(checkpoint, texts, held_out, options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    original = Network.from_checkpoint(checkpoint, progress).to(device).eval().requires_grad_(False)
+    network = Network.from_checkpoint(checkpoint, progress).to(device)
+    key = f"{fingerprint(path)}-{corpus.key()}-{TOP}"
+    teacher = TeacherCache(cache_dir() / "teachers" / key, original, corpus.windows, TOP, key)
+    steps = max(1, options.tokens // (options.batch * corpus.windows.shape[1]))
+    recipe = RECIPES[method](Setup(network, corpus, options, steps))
+    if options.layerwise:
+        recipe = Layerwise(recipe, original, options.layerwise)
+    lora.choose(network, options.rank, options.seed)
+    plan = Plan(
+        steps=steps,
+        rate=options.rate or (1e-3 if options.rank else 1e-4),
+        batch=options.batch,
+        at_once=min(options.batch, max(1, AT_ONCE // options.window)),
+        labels=options.labels,
+        seed=options.seed,
+    )
+    about = {"method": method, **asdict(options), "model": fingerprint(path), "text": corpus.key()}
+    trainer = Trainer(network, corpus, teacher, recipe, plan, out / TRAINING, about, progress)
+    trainer.run()
+    _export(trainer, checkpoint, out, source, method, options)
+    return out
+
+
+def _export(trainer: Trainer, checkpoint: Checkpoint, out: Path, source: str, method: str, options: Options) -> None:
+    """Writes what has been trained, and then removes the state, which nothing needs any more."""
+    measured = [entry for entry in log.read(out / TRAINING / log.NAME) if "perplexity" in entry]
+    about = {
+        "tokens": options.tokens,
+        "perplexity": measured[-1]["perplexity"],
+        "perplexity of the original": measured[0]["original"],
+        "zeros": measured[-1]["zeros"],
+        "options": asdict(options),
+    }
+    result = trainer.method.result()
+    if rank := options.rank or options.adapter:
+        path = out / export.ADAPTER
+        export.write_adapter(trainer.network, checkpoint, result, path, rank, base=source, method=method, about=about)
+    export.write(trainer.network, checkpoint, result, out)
+    trainer.forget()
+
+
+def _corpus(checkpoint: Checkpoint, texts: Sequence[Path], held_out: Path | None, options: Options) -> Corpus:
+    tokenizer, config = Tokenizer.from_json(checkpoint.tokenizer_json()), checkpoint.config
+    documents = [document for path in texts for document in text.read_documents(path)]
+    corpus = text.build(tokenizer, config, documents, options.window, options.seed, HELD_OUT)
+    if held_out is None:
+        return corpus
+    measured = text.build(tokenizer, config, text.read_documents(held_out), options.window, options.seed, 0)
+    windows = np.concatenate([measured.held_out, measured.windows])[:HELD_OUT]
+    return Corpus(np.concatenate([corpus.held_out, corpus.windows]), windows)

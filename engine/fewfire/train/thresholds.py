@@ -1,0 +1,98 @@
+"""Moving the thresholds of all layers so that a wanted share of the activations is zero.
+
+Sizes |act(gate)| are weighted by what the neuron then does to the residual stream, and compared with one cut for the
+whole model, so that layers in which little matters become sparser than others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewfire.config import Activation
+from fewfire.train.activations import Threshold
+from fewfire.train.network import LayerState, Network
+
+MOVES = 0.2  # how far a cut moves in a step towards what the step's sample asks for
+_WINDOWS = 4  # of a forward pass
+
+
+def neuron_weights(network: Network, windows: np.ndarray) -> list[Tensor]:
+    """By layer, what |act(gate)| of each neuron is multiplied with before sizes are compared, `(neurons,)`.
+
+    What the neuron then adds to the residual stream, as a share of that: the norm of its down row times the root mean
+    square of its up value, over the root mean square of the stream's norm. The first token of a window is left out of
+    the latter: its stream is a hundred times larger than all others'. windows: `(windows, T)` ids.
+    """
+    ups = [torch.zeros(network.config.intermediate_size) for _ in network.layers]
+    streams = [0.0] * len(network.layers)
+
+    def observe(number: int, state: LayerState) -> None:
+        if state.up is not None:
+            ups[number] += state.up.square().sum(dim=(0, 1)).cpu()
+        streams[number] += float(state.out[:, 1:].square().sum())
+
+    read(network, windows, observe)
+    found = []
+    for layer, up, stream in zip(network.layers, ups, streams, strict=True):
+        weight = layer.down.weight.detach().norm(dim=0).cpu()
+        if layer.up is not None:
+            weight = weight * (up / windows.size).sqrt()
+        found.append(weight / math.sqrt(stream / (windows.size - len(windows))))
+    return found
+
+
+@torch.no_grad()
+def read(network: Network, windows: np.ndarray, observe: object = None) -> None:
+    """Lets a network read `(windows, T)` ids."""
+    for at in range(0, len(windows), _WINDOWS):
+        ids = torch.from_numpy(windows[at : at + _WINDOWS].astype(np.int64))
+        network.hidden(ids.to(network.embed.weight.device), observe)  # type: ignore[arg-type]
+
+
+class Cuts:
+    """The thresholds of all layers of a network, into which it puts its activations; at first they keep everything."""
+
+    def __init__(self, network: Network, kind: Activation, weights: Sequence[Tensor], uniform: bool = False) -> None:
+        """uniform: the same sparsity in every layer, with a cut of each one's own."""
+        self._uniform, self.parts = uniform, list[Threshold]()
+        for layer, weight in zip(network.layers, weights, strict=True):
+            layer.activation = Threshold(kind, weight.to(network.embed.weight.device))
+            self.parts.append(layer.activation)
+
+    def track(self, tracking: bool) -> None:
+        """Whether forward passes leave samples from now on; forgets those that are there."""
+        for part in self.parts:
+            part.tracking = tracking
+            part.samples.clear()
+
+    def set(self, cut: float) -> None:
+        """One cut for all."""
+        for part in self.parts:
+            part.set(cut)
+
+    def move(self, sparsity: float, by: float = MOVES) -> None:
+        """Moves each cut towards the one that makes such a share of the samples zero, and forgets the samples."""
+        samples = [torch.cat(part.samples).flatten() for part in self.parts]
+        everywhere = 0.0 if self._uniform else quantile(torch.cat(samples), sparsity)
+        for part, sample in zip(self.parts, samples, strict=True):
+            target, now = quantile(sample, sparsity) if self._uniform else everywhere, float(part.cut)
+            part.set(now + by * (target - now))
+            part.samples.clear()
+
+    def calibrate(self, network: Network, windows: np.ndarray, sparsity: float) -> None:
+        """Sets the cuts that make such a share zero on some windows, `(windows, T)` ids."""
+        network.train()
+        self.track(True)
+        read(network, windows)
+        self.move(sparsity, by=1.0)
+        self.track(False)
+
+
+def quantile(values: Tensor, share: float) -> float:
+    """The value that a share of all values are not over."""
+    return float(values.kthvalue(min(max(1, round(share * len(values))), len(values))).values)
