@@ -163,7 +163,7 @@ class Fewfire(Stepwise):
         tables = {"positions"} if c.tie_word_embeddings else {"positions", "embed"}  # a token reads one row of each
         counted = {"qkv", "o", "gate", "updown", "head", "embed"}
         rest = sum(a.nbytes for name, a in arrays.items() if name not in counted | tables)
-        return self._session.bytes_read + rest + self.cached_bytes(positions)
+        return self.model.engine.bytes_read() + rest + self.cached_bytes(positions)
 
     def cached_bytes(self, positions: float) -> int:
         """The keys and values that a token reads after so many positions."""

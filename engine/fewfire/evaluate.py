@@ -51,7 +51,8 @@ class Comparison:
     """A model beside itself with nothing left out, over the same `tokens` scored tokens, both decoding one by one.
 
     Standard errors are over the windows, and infinite for a single one. KL is KL(dense || model) of the next token's
-    distribution, in nats, over dense's 1,024 most probable tokens and all others taken as one: at most the whole one.
+    distribution, in nats, over dense's 1,024 most probable tokens and all others taken as one: at most the whole one,
+    some 5 % less on SmolLM2.
     """
 
     method: str  # what decides what is left out
