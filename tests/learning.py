@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fewfire.checkpoint import Checkpoint, open_checkpoint
@@ -55,6 +56,13 @@ class Learned:
         """What the network predicts."""
         return TeacherCache(self.directory / f"teacher-{k}", self.network, self.corpus.windows, k, "learned")
 
+    def divergence(self, student: Network) -> float:
+        """KL(network || student) of the held-out windows' next tokens, in nats, exact."""
+        ids = torch.from_numpy(self.corpus.held_out.astype(np.int64))
+        with torch.no_grad():
+            log_p, log_q = (network.eval()(ids).log_softmax(-1) for network in (self.network, student))
+        return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
     def train(self, student: Network, method: Method, plan: Plan, directory: Path, minutes: float = 5.0) -> Trainer:
         """Distils the network into a student."""
         trainer = Trainer(student, self.corpus, self.teacher(), method, plan, directory, {}, minutes=minutes)
@@ -63,7 +71,7 @@ class Learned:
 
 
 def learn(
-    path: Path, directory: Path, install: Callable[[Network], Method] = lambda network: Method(), steps: int = 250
+    path: Path, directory: Path, install: Callable[[Network], Method] = lambda network: Method(), steps: int = 120
 ) -> Learned:
     """All weights of a tiny random model learn the text; `install` changes the network before."""
     checkpoint = open_checkpoint(path)

@@ -57,6 +57,11 @@ def train(
 
     The model learns from itself: its predictions on the text are what it is to keep. If it is interrupted, the same
     command goes on where it stopped.
+
+    \b
+    Example:
+      fewfire train relufy smollm2 sparser --text book.txt --sparsity 0.8
+      fewfire pack sparser sparser-q4
     """
     if plot:
         from fewfire.train.curves import draw  # at once, so that a missing matplotlib is not told after hours of work

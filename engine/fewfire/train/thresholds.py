@@ -6,7 +6,6 @@ whole model, so that layers in which little matters become sparser than others.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,25 +24,18 @@ def neuron_weights(network: Network, windows: np.ndarray) -> list[Tensor]:
     """By layer, what |act(gate)| of each neuron is multiplied with before sizes are compared, `(neurons,)`.
 
     What the neuron then adds to the residual stream, as a share of that: the norm of its down row times the root mean
-    square of its up value, over the root mean square of the stream's norm. The first token of a window is left out of
-    the latter: its stream is a hundred times larger than all others'. windows: `(windows, T)` ids.
+    square of its up value over the norm of the stream. Divided token by token, because some tokens' streams are a
+    hundred times larger than all others'. windows: `(windows, T)` ids.
     """
-    ups = [torch.zeros(network.config.intermediate_size) for _ in network.layers]
-    streams = [0.0] * len(network.layers)
+    squares = [torch.zeros(network.config.intermediate_size) for _ in network.layers]
 
     def observe(number: int, state: LayerState) -> None:
-        if state.up is not None:
-            ups[number] += state.up.square().sum(dim=(0, 1)).cpu()
-        streams[number] += float(state.out[:, 1:].square().sum())
+        up = torch.ones_like(state.gate) if state.up is None else state.up
+        squares[number] += (up.square() / state.out.square().sum(dim=-1, keepdim=True)).sum(dim=(0, 1)).cpu()
 
     read(network, windows, observe)
-    found = []
-    for layer, up, stream in zip(network.layers, ups, streams, strict=True):
-        weight = layer.down.weight.detach().norm(dim=0).cpu()
-        if layer.up is not None:
-            weight = weight * (up / windows.size).sqrt()
-        found.append(weight / math.sqrt(stream / (windows.size - len(windows))))
-    return found
+    norms = [layer.down.weight.detach().norm(dim=0).cpu() for layer in network.layers]
+    return [norm * (square / windows.size).sqrt() for norm, square in zip(norms, squares, strict=True)]
 
 
 @torch.no_grad()

@@ -47,7 +47,6 @@ def test_windows_begin_with_bos_where_the_model_wants_it(tokenizer: Tokenizer, c
     text = sentences(30)
     corpus = build(tokenizer, config, [text], 16, seed=0)
     assert (corpus.windows[:, 0] == 1).all()
-    assert all()
     joined = sorted(rows(corpus))
     ids = tokenizer.encode(text)
     assert joined == sorted((1, *ids[15 * i : 15 * i + 15]) for i in range(len(joined)))
