@@ -61,11 +61,12 @@ def _losses(axes: Axes, steps: Sequence[Mapping[str, Any]]) -> None:
     """Each part of the loss, averaged over the steps around."""
     width = max(1, min(_SMOOTH, len(steps) // 20))
     for (name, label), color in zip(_PARTS.items(), _COLORS, strict=True):
-        if not steps or name not in steps[0]:
+        if not any(name in entry for entry in steps):
             continue
         runs = [steps[at : at + width] for at in range(0, len(steps), width)]
         values = [sum(entry[name] for entry in run) / len(run) for run in runs]
         axes.plot([run[-1]["tokens"] for run in runs], values, "-", color=color, linewidth=1.2, label=label)
     axes.set_yscale("log")
     axes.set_title("Loss, by its parts", fontsize=10, fontweight="bold")
-    axes.legend(fontsize=7.5, frameon=False)
+    if steps:
+        axes.legend(fontsize=7.5, frameon=False)

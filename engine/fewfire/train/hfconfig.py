@@ -25,11 +25,19 @@ def hf_config(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Any]:
     data |= {"torch_dtype": "float16", "norm_relu": config.norm_relu, "mlp_bias": config.ffn_bias}
     if config.hidden_act in THRESHOLDED:
         data.pop("hidden_act_param", None)  # there is a tensor of them
-    found = read_config(data)[1]
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_ids": config.eos_token_ids}
-    if replace(found, **ids, add_bos_token=config.add_bos_token) != config:  # type: ignore[arg-type]
-        raise CheckpointError(f"{checkpoint.path}: the Hugging Face layout has no words for this model: use an adapter")
+    if not _says(data, config):
+        raise CheckpointError(f"{checkpoint.path}: a config.json cannot describe this model; train with a --rank")
     return data
+
+
+def _says(data: dict[str, Any], config: ModelConfig) -> bool:
+    """Whether a config.json is understood as a configuration, but for token ids, which other files have as well."""
+    try:
+        found = read_config(data)[1]
+    except CheckpointError:
+        return False
+    found = replace(found, bos_token_id=config.bos_token_id, eos_token_ids=config.eos_token_ids)
+    return replace(found, add_bos_token=config.add_bos_token) == config
 
 
 def _written(c: ModelConfig) -> dict[str, Any]:

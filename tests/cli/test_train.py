@@ -1,0 +1,116 @@
+import importlib.util
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+
+import tiny
+from commandline import PROGRAM, run
+
+if importlib.util.find_spec("torch") is None:
+
+    def test_it_says_what_is_missing(model, tmp_path):
+        run("train", "relufy", model, tmp_path / "out", "--text", "no.txt").failed(1, "pip install 'fewfire[train]'")
+
+    pytest.skip("needs the `train` extra", allow_module_level=True)
+
+SMALL = ("--window", 32, "--batch", 4)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(tiny.PARAGRAPH * 12)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("relufy", ("--rank", 3, "--sparsity", 0.7, "--layerwise", 0.5)),
+        ("relufy", ("--activation", "relu", "--l1", 1, "--labels", 0.5, "--stage", 2)),
+        ("relufy", ("--activation", "shifted", "--shift", 0.3, "--adapter", 4)),
+        ("topk", ("--sparsity", 0.9)),
+        ("plain", ("--labels", 1)),
+    ],
+)
+def test_from_training_to_generating(model, text, tmp_path, method, options):
+    out = tmp_path / "out"
+    result = run("train", method, model, out, "--text", text, "--tokens", 1500, *SMALL, *options)
+    assert result.code == 0, result
+    assert result.out.startswith("zeros ")
+    assert "against the original's" in result.out
+    entries = [json.loads(line) for line in (out / "training" / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if "loss" in e] == list(range(1, 12))
+    assert not (out / "training" / "state.pt").exists()
+    assert (out / "adapter.safetensors").exists() == ("--rank" in options or "--adapter" in options)
+    said = run("generate", out, "The keeper is", "--max-tokens", 8, "--weights", "f32", "--json")
+    assert json.loads(said.out)["stats"]["generated_tokens"] if said.code == 0 else said
+    again = run("train", method, model, out, "--text", text, "--tokens", 1500, *SMALL, *options)
+    again.failed(2, "has a model already")
+
+
+def test_held_out_text_is_measured(model, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("something else entirely, and again: " * 40)
+    found = []
+    for options in ((), ("--heldout", other)):
+        out = tmp_path / f"out{len(options)}"
+        run("train", "topk", model, out, "--text", text, "--tokens", 128, *SMALL, *options)
+        found.append(json.loads((out / "training" / "log.jsonl").read_text().splitlines()[0])["original"])
+    assert found[0] != found[1]
+
+
+def test_curves_are_drawn(model, text, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the `plot` extra")
+    picture = tmp_path / "curves.png"
+    result = run("train", "topk", model, tmp_path / "out", "--text", text, "--tokens", 500, *SMALL, "--plot", picture)
+    assert f"wrote {picture}" in result.err
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(model, text, tmp_path):
+    args = ["train", "relufy", model, tmp_path / "out", "--text", text, "--tokens", 10**8, *SMALL]
+    program = subprocess.Popen([*PROGRAM, *map(str, args)], stderr=subprocess.PIPE, text=True)
+    log, deadline = tmp_path / "out" / "training" / "log.jsonl", time.monotonic() + 120
+    while not log.exists() or log.read_text().count("\n") < 4:
+        assert program.poll() is None, program.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    program.send_signal(signal.SIGINT)
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == 130
+    assert errors.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert (tmp_path / "out" / "training" / "state.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (("--sparsity", 1.5), 2, ["--sparsity must be between 0 and 1"]),
+        (("--tokens", 0), 2, ["--tokens must be at least 1"]),
+        (("--rank", 4096), 2, ["rank must be"]),
+        (("--labels", 2), 2, ["--labels must be from 0 to 1"]),
+        (("--l1", -1), 2, ["--l1 must be 0 or more"]),
+        (("--window", 4000), 2, ["longer than the model's"]),
+        (("--heldout", "missing.txt"), 1, ["missing.txt"]),
+    ],
+)
+def test_mistakes(model, text, tmp_path, args, code, words):
+    run("train", "relufy", model, tmp_path / "out", "--text", text, *args).failed(code, *words)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_texts_that_cannot_be_used(model, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("a few words")
+    run("train", "relufy", model, tmp_path / "out", "--text", short).failed(2, "give more --text")
+    run("train", "relufy", model, tmp_path / "out", "--text", tmp_path / "none.txt").failed(1, "none.txt")
+    run("train", "relufy", model, tmp_path / "out").failed(2, "--text")
+
+
+def test_gelu_models_cannot_have_thresholds(tiny_path, text, tmp_path):
+    result = run("train", "relufy", tiny_path("gemma3"), tmp_path / "out", "--text", text, *SMALL)
+    result.failed(2, "--activation relu")
