@@ -12,7 +12,7 @@ from fewfire_cli.progress import ProgressBar
 
 
 @click.command()
-@click.argument("method", type=click.Choice(["relufy", "topk", "plain"]))
+@click.argument("method", type=click.Choice(["relufy", "topk", "lte", "plain"]))
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--text", type=click.Path(path_type=Path), multiple=True, required=True, help="Text to train on.")
@@ -37,6 +37,8 @@ from fewfire_cli.progress import ProgressBar
 @click.option("--shift", default=1.0, show_default=True, help="relufy: b of the shifted ReLU at the start.")
 @click.option("--l1", default=0.0, show_default=True, help="relufy: factor of ProSparse's regularization at the end.")
 @click.option("--uniform", is_flag=True, help="relufy: the same sparsity in all layers.")
+@click.option("--efficiency", default=0.3, show_default=True, help="lte: weight of the loss that closes groups.")
+@click.option("--separability", default=0.001, show_default=True, help="lte: weight of the loss that decides them.")
 @click.option(
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -41,7 +41,7 @@ class LowRank(nn.Module):
 
 
 def choose(network: Network, rank: int, seed: int, projections: Sequence[str] = PROJECTIONS) -> None:
-    """Lets the layers' projections move, all of them (rank 0) or by a low-rank update, their biases and the norms.
+    """Lets the layers' projections move, all of them (rank 0) or by a low-rank update, their biases, routers and norms.
 
     Raises `ValueError` for a rank that would save nothing.
     """
@@ -58,6 +58,7 @@ def choose(network: Network, rank: int, seed: int, projections: Sequence[str] = 
             if rank:
                 linear.weight.requires_grad_(False)
                 setattr(layer, name, LowRank(linear, rank, generator))
+        layer.activation.requires_grad_(True)  # routers
         for name in NORMS:
             if (norm := getattr(layer, name)) is not None:
                 norm.requires_grad_(True)

@@ -18,6 +18,7 @@ from fewfire.train import corpus as text
 from fewfire.train import export, log, lora
 from fewfire.train.corpus import Corpus
 from fewfire.train.layerwise import Layerwise
+from fewfire.train.lte import Lte
 from fewfire.train.method import Method
 from fewfire.train.network import Network
 from fewfire.train.relufy import Kind, Relufy, shift
@@ -52,6 +53,8 @@ class Options:
     shift: float = 1.0
     l1: float = 0.0
     uniform: bool = False  # the same sparsity in all layers
+    efficiency: float = 0.3  # weights of LTE's losses
+    separability: float = 0.001
 
     def check(self) -> None:
         """Raises `ValueError` for what no method can do."""
@@ -62,7 +65,7 @@ class Options:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         if not 0 <= self.labels <= 1:
             raise ValueError(f"--labels must be from 0 to 1, not {self.labels:g}")
-        for name in ("layerwise", "l1"):
+        for name in ("layerwise", "l1", "efficiency", "separability"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} must be 0 or more, not {getattr(self, name)}")
 
@@ -104,12 +107,20 @@ def topk(setup: Setup) -> Method:
     return TopKMethod(setup.network, setup.rise)
 
 
+def lte(setup: Setup) -> Method:
+    """See `lte.py`."""
+    o = setup.options
+    density = 1 - (SPARSITY if o.sparsity is None else o.sparsity)
+    return Lte(setup.network, setup.corpus.windows, setup.steps, density=density,
+               efficiency=o.efficiency, separability=o.separability)  # fmt: skip
+
+
 def plain(setup: Setup) -> Method:
     """Nothing but the training itself: what the others are to be compared with."""
     return Method()
 
 
-RECIPES: dict[str, Callable[[Setup], Method]] = {"relufy": relufy, "topk": topk, "plain": plain}
+RECIPES: dict[str, Callable[[Setup], Method]] = {"relufy": relufy, "topk": topk, "lte": lte, "plain": plain}
 
 
 def train(
@@ -127,6 +138,8 @@ def train(
     that an unfinished run did not have, `FewfireError` where files are at fault.
     """
     options.check()
+    if options.adapter and method in ("topk", "lte"):
+        raise ValueError(f"no adapter can hold what {method} chooses neurons with: leave --adapter out")
     if (out / "config.json").exists():
         raise ValueError(f"{out} has a model already: choose another directory")
     path = resolve(source, progress)
@@ -168,7 +181,8 @@ def _export(trainer: Trainer, checkpoint: Checkpoint, out: Path, source: str, me
         "options": asdict(options),
     }
     result = trainer.method.result()
-    if rank := options.rank or options.adapter:
+    rank = options.rank or options.adapter
+    if rank and result.sparsity is None:
         path = out / export.ADAPTER
         export.write_adapter(trainer.network, checkpoint, result, path, rank, base=source, method=method, about=about)
     export.write(trainer.network, checkpoint, result, out)
