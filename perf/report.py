@@ -150,7 +150,7 @@ def _methods(result: Result) -> str:
 
 _SPREADS = (
     "Ways to spread a density over the layers: ours (spread) weighs a layer's error by what it was measured to do to"
-    " the predictions; greedy is TEAL's search, to which all errors are alike; uniform keeps the same share everywhere."
+    " the predictions; greedy takes step by step what adds the least error; uniform keeps the same share everywhere."
 )
 
 

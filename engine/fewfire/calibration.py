@@ -241,7 +241,7 @@ class Calibration:
         return lambda share: _densities(options, spread.within_cost(options, share * governed))
 
     def greedy(self, method: str) -> Callable[[float], Densities]:
-        """The same by TEAL's search, a baseline, which knows errors but not what they mean."""
+        """The same one step at a time, a baseline, which knows errors but not what they mean."""
         options, governed = self.choices(method, probed=False), governed_bytes(self.packed, parse(method).kinds)
         return lambda share: _densities(options, spread.greedy(options, share * governed))
 

@@ -68,10 +68,11 @@ def _bisect(choices: Sequence[Choice], fits: Callable[[list[int]], bool], fewer_
 
 
 def greedy(choices: Sequence[Choice], limit: float, step: int = 1) -> list[int]:
-    """TEAL's search (2408.14690, algorithm 1), the baseline: one part at a time goes `step` settings down.
+    """A baseline in the manner of TEAL's search (2408.14690, algorithm 1): one part at a time goes `step` down.
 
     From everything kept, the part whose next setting adds the least damage takes it, whatever it saves, until the cost
-    is `limit`. `settings` must fall in cost.
+    is `limit`. TEAL's steps save equal bytes each and stay within a block, whose joint error is measured anew after
+    every one; here errors add up, over all parts of the model. `settings` must fall in cost.
     """
     picked = [0] * len(choices)
     while total_cost(choices, picked) > limit:
