@@ -202,4 +202,5 @@ def test_what_changes_in_config_json(checkpoint: Callable[[str], Checkpoint]) ->
     assert (data["hidden_act"], data["norm_relu"]) == ("relu", True)
     before = json.loads((opened.path / "config.json").read_text())
     changed = {name for name in before if data.get(name) != before[name]}
-    assert changed == {"hidden_act"}
+    assert changed == {"hidden_act", "torch_dtype"}
+    assert data["torch_dtype"] == "float16"
