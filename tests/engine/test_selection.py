@@ -93,7 +93,7 @@ def twin(packed: Packed, selection: Selection, margin: Margin) -> tuple[np.ndarr
             found = scores(selection.predictor, packed.formats, seen)
             guessed = spread(margin.over(found, 0.0), selection.predictor.members[layer])
         if selection.top is not None and (k := selection.top[layer]) < gate.shape[1]:
-            passed = np.abs(gate) > np.sort(np.abs(gate), axis=1)[:, -k - 1, None]
+            passed = margin.largest(np.abs(gate), k)
         if selection.gate is not None:
             passed = passed & margin.over(np.abs(gate), selection.gate[layer])
         if selection.down is not None:
