@@ -21,16 +21,14 @@ class Predictor:
     """Guesses from the FFN's input which neurons will fire (`lowrank`), or which groups of them (`router`).
 
     A group's score is its row of `rows` times z, where z = basis x, or x itself without a basis. It is kept if its
-    score plus its bias is over 0; a bias of +inf keeps it always. `early`: x is the normed input of the layer's
-    attention rather than of its FFN. `members` lists the neurons group by group; all groups but the last, which may
-    be smaller, have ceil(neurons / groups).
+    score plus its bias is over 0; a bias of +inf keeps it always. `members` lists the neurons group by group; all
+    groups but the last, which may be smaller, have ceil(neurons / groups).
     """
 
     rows: np.ndarray  # (layers, groups, bytes of a row of `rank` or `hidden` columns) uint8
     bias: np.ndarray  # (layers, groups) float32
     members: np.ndarray  # (layers, neurons) int32
     basis: np.ndarray | None = None  # (layers, rank, bytes of a row of `hidden` columns) uint8
-    early: bool = False  # only with a basis
 
     @property
     def group_size(self) -> int:
