@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import fewfire
-from fewfire import timing
+from fewfire import choosing, timing
 from fewfire.calibrate import sample_text
 from fewfire.calibration import Calibration
 from fewfire.selectors import store
@@ -72,7 +72,7 @@ class Bench:
 
     def rows(self, method: str, densities: Sequence[float], spread: str) -> list[Row]:
         """One method with one way to spread it, at several densities. Raises `ValueError` if it cannot be used."""
-        points = self.judge.points(method, densities, getattr(self.work, spread)(method))
+        points = self.judge.points(method, densities, getattr(choosing, spread)(self.work, method))
         selections = [self.work.selection(method, point.densities) for point in points]
         base, *seconds = timing.side_by_side(self.model, [None, *selections], self.judge.windows[0], _progress)
         say("")

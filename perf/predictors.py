@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from perf.table import table
 DENSITIES = (0.3, 0.5, 0.7)
 _WINDOW = 256
 Fitter = Callable[[Packed, Layer], Fit]
+_EARLY = ", early"  # ends the names of those that look at the attention's input: they could be done before the FFN's
 
 
 def contenders(hidden: int, ranks: list[int]) -> dict[str, Fitter]:
@@ -42,13 +44,17 @@ def contenders(hidden: int, ranks: list[int]) -> dict[str, Fitter]:
     found: dict[str, Fitter] = {f"rank {r}": partial(lowrank.fit, rank=r) for r in [*ranks, hidden]}
     found[f"rank {usual}, guess"] = _guess
     for rank in dict.fromkeys([usual, 2 * usual]):
-        found[f"rank {rank}, early"] = partial(lowrank.fit, rank=rank, early=True)
+        found[f"rank {rank}{_EARLY}"] = partial(_early, rank=rank)
     return found | {"router": router.fit}
 
 
 def _guess(packed: Packed, layer: Layer) -> Fit:
     with patch.object(lowrank, "refined", lambda start, *_: start):
         return lowrank.fit(packed, layer)
+
+
+def _early(packed: Packed, layer: Layer, rank: int) -> Fit:
+    return lowrank.fit(packed, layer, rank=rank, inputs=layer.attn_in)
 
 
 def compare(packed: Packed, layer: Layer, ranks: list[int]) -> list[dict[str, Any]]:
@@ -80,7 +86,7 @@ def compare(packed: Packed, layer: Layer, ranks: list[int]) -> list[dict[str, An
         nbytes = fitted["rows"].nbytes + (fitted["basis"].nbytes if "basis" in fitted else 0)
         filled = {d: lowrank.fill(packed, [fitted], [d]) for d in DENSITIES}
         # A predictor of one layer, so to the mask it is the first.
-        first = Layer(**{**vars(layer), "number": 0})
+        first = replace(layer, number=0, ffn_in=layer.attn_in if name.endswith(_EARLY) else layer.ffn_in)
         found.append(judged(name, nbytes, {d: predicted(p, of, first)[held] for d, p in filled.items()}))
     return found
 

@@ -14,7 +14,7 @@ from tiny import prompt
 
 T = TypeVar("T")
 IDS = prompt(20)
-_CLEAR = 3e-6  # float32 rounding of the values is under that
+_CLEAR = 3e-6  # float32 rounding of the values is under that, of large ones in proportion
 
 
 def decoded(model: Model, ids: Sequence[int] = IDS) -> np.ndarray:
@@ -31,8 +31,17 @@ class Margin:
 
     def over(self, values: np.ndarray, limits: np.ndarray | float) -> np.ndarray:
         """Which values are over their limits."""
-        self.least = min(self.least, float(np.abs(values - limits).min()))
+        size = max(1.0, float(np.median(np.abs(values))))
+        self.least = min(self.least, float(np.abs(values - limits).min()) / size)
         return values > limits
+
+    def largest(self, values: np.ndarray, count: int) -> np.ndarray:
+        """Which values are over all but the `count` largest of their row; none of them may be negative."""
+        ordered = np.sort(values, axis=1)[:, ::-1]
+        if count == 0:
+            return np.zeros(values.shape, bool)
+        limits = ordered[:, count - 1 : count + 1].mean(axis=1, keepdims=True)
+        return self.over(values, limits)
 
 
 def decided(draw: Callable[[], Selection], twin: Callable[[Selection, Margin], T]) -> tuple[Selection, T]:

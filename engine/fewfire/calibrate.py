@@ -1,7 +1,8 @@
 """Calibrating: from a sample text to the selection that leaves out most for a density or a budget of quality.
 
-`calibration.py` has the steps. A budget is kept on a part of the sample that nothing was fitted to, with a margin for
-the error of the measurement. Promises that the calibration is there whole at the end or the old one still is.
+`calibration.py` says what the steps are. A budget is kept on a part of the sample that nothing was fitted to, with a
+margin for the error of the measurement. Promises that the calibration is there whole at the end or the old one still
+is.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fewfire.calibration import Calibration, Trial
+from fewfire import choosing
+from fewfire.calibration import Calibration
+from fewfire.costs import fastest
 from fewfire.errors import FewfireError
 from fewfire.progress import Progress, silent
 from fewfire.selectors import store
 from fewfire.selectors.methods import missed, parse, usual
 from fewfire.selectors.store import About
+from fewfire.trials import Trial, adjusted, scored, trial
 
 if TYPE_CHECKING:
     from fewfire.model import Model
@@ -63,12 +67,12 @@ def calibrate(
     with closing(work.notebook), model.engine.borrowed():
         if density is not None:
             assert method is not None
-            picked = work.adjusted(method, density, work.spread(method))
-            trials = [work.trial(method, picked, work.scored, f"measuring {method}")]
+            picked = adjusted(work, method, density, choosing.spread(work, method))
+            trials = [trial(work, method, picked, scored(work), f"measuring {method}")]
         else:
             assert budget is not None
             trials = _within_budget(work, (method,) if method else usual(model.packed), budget)
-        best, speedup, gain = work.fastest(trials)
+        best, speedup, gain = fastest(work, trials)
         if budget is not None and gain <= 1:
             raise FewfireError(
                 f"nothing that keeps perplexity within {100 * budget:g} % is faster than no calibration: the best, "
@@ -111,12 +115,12 @@ def check(method: str | None, density: float | None, budget: float | None) -> No
 def _within_budget(work: Calibration, methods: Sequence[str], budget: float) -> list[Trial]:
     """For each method the setting that should be fastest and keeps the budget; those that have none are left out."""
     found, start = list[Trial](), math.log1p(budget)
-    methods = work.likely(methods, start)[:_TRIED]
+    methods = choosing.likely(work, methods, start)[:_TRIED]
     for number, method in enumerate(methods, start=1):
-        best = work.within(budget, method, start, f"trying {method} ({number} of {len(methods)})")
+        best = choosing.within(work, budget, method, start, f"trying {method} ({number} of {len(methods)})")
         if best is not None:
-            trial, start = best  # damages are predicted too high or too low by about the same for the next method
-            found.append(trial)
+            tried, start = best  # damages are predicted too high or too low by about the same for the next method
+            found.append(tried)
     if not found:
         raise FewfireError(
             f"no setting of {', '.join(methods)} keeps perplexity within {100 * budget:g} % on this sample: "

@@ -57,7 +57,6 @@ def _predict(layers: Buffers, predictor: Predictor) -> None:
     if predictor.basis is not None:
         parts["basis"] = predictor.basis
         numbers |= {"rank": predictor.basis.shape[1], "basis_stride": predictor.basis.strides[1]}
-        numbers["early"] = predictor.early
     for name, array in parts.items():
         layers.point_each(name, array, used)
     for name, number in numbers.items():

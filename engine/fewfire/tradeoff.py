@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from fewfire import calibrate, damage
+from fewfire import calibrate, choosing, damage, trials
 from fewfire.calibration import Calibration, Densities
 from fewfire.damage import Dense
 from fewfire.progress import Progress, silent
@@ -77,12 +77,12 @@ class Judge:
     def points(
         self, method: str, densities: Sequence[float], pick: Callable[[float], Densities] | None = None
     ) -> list[Point]:
-        """A method at several densities, spread over the layers by `pick`, as `Calibration.adjusted` takes it.
+        """A method at several densities, spread over the layers by `pick`, as `trials.adjusted` takes it.
 
-        pick: `Calibration.spread` if None. Raises `ValueError` for a method that the model cannot have.
+        pick: `choosing.spread` if None. Raises `ValueError` for a method that the model cannot have.
         """
-        pick = self._work.spread(method) if pick is None else pick
-        return [self._point(method, asked, self._work.adjusted(method, asked, pick)) for asked in densities]
+        pick = choosing.spread(self._work, method) if pick is None else pick
+        return [self._point(method, asked, trials.adjusted(self._work, method, asked, pick)) for asked in densities]
 
     def _point(self, method: str, asked: float, picked: Densities) -> Point:
         work, dense = self._work, self.dense
@@ -91,7 +91,7 @@ class Judge:
         return Point(
             method=method,
             asked=asked,
-            density=work.density(method, found.bytes_per_token),
+            density=trials.density(work, method, found.bytes_per_token),
             densities=picked,
             growth=found.growth,
             growth_error=found.error if math.isfinite(found.error) else None,

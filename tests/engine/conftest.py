@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fewfire import calibration, probes, trials
+from fewfire.model import Model
 from fewfire.pack import pack
+from fewfire.packed import open_packed
 
 PackedPath = Callable[[str, str], Path]
 
@@ -25,6 +29,20 @@ def packed_path(tiny_path: Callable[[str], Path], tmp_path_factory: pytest.TempP
         return out if out.exists() else pack(tiny_path(family), out, weights)
 
     return path
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrations in small windows, and of few tokens."""
+    monkeypatch.setattr(calibration, "_WINDOW", 64)
+    monkeypatch.setattr(trials, "_SCORED", 512)
+    monkeypatch.setattr(probes, "_PROBED", 64)
+
+
+@pytest.fixture
+def model(packed_path: PackedPath, tmp_path: Path, quick: None) -> Model:
+    """A tiny model of the test's own, to be calibrated."""
+    return Model(open_packed(Path(shutil.copytree(packed_path("llama", "q4"), tmp_path / "packed"))), 1)
 
 
 @pytest.fixture(scope="session")

@@ -144,16 +144,16 @@ def test_a_predictor_is_judged_by_the_thresholds_that_follow_it(packed_path):
 
 
 def test_groups_and_a_basis(packed_path):
-    """Two groups of unequal size that look at one direction of the attention's input."""
+    """Two groups of unequal size that look at one direction of the FFN's input."""
     packed = open_packed(packed_path("llama-relu", "f32"))
     direction = np.random.default_rng(0).standard_normal((3, 1, 64)).astype(np.float32)
     basis = np.stack([encode(each, "f32", "dot") for each in direction])
     ones = np.array([[1.0], [-1.0]], np.float32)
     rows = np.stack([encode(ones, "f32", "dot")] * 3)
     members = np.tile(np.arange(96, dtype=np.int32)[::-1], (3, 1))
-    predictor = Predictor(rows, np.zeros((3, 2), np.float32), members, basis, early=True)
+    predictor = Predictor(rows, np.zeros((3, 2), np.float32), members, basis)
     for layer in Observation(packed, WINDOWS):
-        first = layer.attn_in @ direction[layer.number, 0] > 0
+        first = layer.ffn_in @ direction[layer.number, 0] > 0
         mask = predicted(predictor, packed.formats, layer)
         assert mask.shape == (49, 96)
         np.testing.assert_array_equal(mask[:, 48:], np.repeat(first[:, None], 48, axis=1))

@@ -148,11 +148,11 @@ def test_sizes_that_are_no_multiple_of_anything(tmp_path: Path, weights: str, ra
     sizes = {"hidden_size": 40, "intermediate_size": 50, "num_attention_heads": 5, "num_key_value_heads": 1}
     path = write_tiny("llama-bias", tmp_path / "odd", head_dim=6, vocab_size=311, **sizes)
     packed = open_packed(pack(path, tmp_path / "packed", weights))
-    selection = selected(random, packed, EVERYTHING) if weights == "f32" else certain(random, packed, "qkv+o+ffn")
+    make, method = (selected, EVERYTHING) if weights == "f32" else (certain, "qkv+o+ffn")
+    selection, (theirs, _) = decided(lambda: make(random, packed, method), partial(twin, packed))
     model = Model(packed, 2)
     model.engine.select(selection)
-    ours, (theirs, _) = decoded(model), twin(packed, selection, Margin())
-    assert np.abs(ours - theirs).max() < (2e-4 if weights == "f32" else 0.02)
+    assert np.abs(decoded(model) - theirs).max() < (2e-4 if weights == "f32" else 0.02)
 
 
 @pytest.mark.parametrize("weights", ["f32", "q4"])
@@ -207,14 +207,17 @@ def test_bytes_are_those_of_the_columns(
     every = model.engine.bytes_read()
     decoded(model, IDS[:1])
     assert model.engine.bytes_read() == every
-    make = selected if weights == "f32" else certain
-    selection = make(random, packed, "qkv+o+ffn")
-    for part in COLUMNS:
-        getattr(selection, part).thresholds[1] = -1
+
+    def draw() -> Selection:
+        selection = (selected if weights == "f32" else certain)(random, packed, "qkv+o+ffn")
+        for part in COLUMNS:
+            getattr(selection, part).thresholds[1] = -1
+        return selection
+
+    selection, (_, read) = decided(draw, partial(twin, packed))
     model.engine.select(selection, dense=True)
     assert model.engine.bytes_read() == every  # what the last token read
     decoded(model)
-    _, read = twin(packed, selection, Margin())
     up = row_bytes(of.rows, c.hidden_size) * c.intermediate_size if c.gated else 0
     rows = {"qkv": arrays["qkv"][0].nbytes, "o": arrays["o"][0].nbytes, "ffn": arrays["gate"][0].nbytes + up}
     expected = every

@@ -16,7 +16,10 @@ from fewfire.calibration import Calibration
 from fewfire.config import EXACT_ZEROS
 from fewfire.model import Model
 from fewfire.packed import open_packed
-from fewfire.selectors.methods import KINDS, METHODS, parse
+from fewfire.quantize import row_bytes
+from fewfire.selectors.choices import in_bytes
+from fewfire.selectors.methods import KINDS, METHODS, Method, parse, selection
+from fewfire.selectors.selection import COLUMNS
 
 PackedPath = Callable[[str, str], Path]
 IDS = tiny.prompt(12)
@@ -47,6 +50,29 @@ def test_every_method(family: str, packed_path: PackedPath, tmp_path: Path, monk
         model.engine.select(work.selection(method, every), dense=not exact)
         np.testing.assert_array_equal(decoded(model, IDS), dense if not exact else decoded_again(model), method)
     assert set(KINDS) == {kind for method in METHODS for kind in METHODS[method]}
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_what_a_kind_adds_is_what_the_kernels_count(
+    kind: str, packed_path: PackedPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "_WINDOW", 64)
+    packed = open_packed(Path(shutil.copytree(packed_path("llama", "q4"), tmp_path / "packed")))
+    model, c, of = Model(packed, 1, dense=True), packed.config, packed.formats
+    work = Calibration(model, tiny.PARAGRAPH * 6)
+    fits = work.fits(kind)
+    densities = {kind: [float(fit["densities"][len(fit["densities"]) // 2 - 1]) for fit in fits]}
+    model.engine.select(selection(packed, Method(kind, (kind,)), {kind: fits}, densities), dense=True)
+    decoded(model, IDS)
+    row, field = row_bytes(of.rows, c.hidden_size), KINDS[kind].field
+    gate, up, down = (c.intermediate_size - model.engine.neurons_read()).sum(axis=0)
+    rows = packed.bytes_per_token() - row * (gate + up) - row_bytes(of.down, c.hidden_size) * down
+    if field in COLUMNS:
+        rows += int(model.engine._work.projected.sum())
+        rows -= packed.arrays[field].nbytes if field in packed.arrays else 0  # gate and up count as neurons
+    if field == "screen":
+        rows -= packed.arrays["head"].nbytes - row_bytes(of.table, c.hidden_size) * int(model.engine._work.exact.sum())
+    assert model.engine.bytes_read() - rows == in_bytes(packed, {kind: fits})[kind].added * len(fits)
 
 
 def decoded_again(model: Model) -> np.ndarray:

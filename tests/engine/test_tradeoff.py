@@ -13,7 +13,7 @@ import pytest
 
 import tiny
 from decoding import decoded
-from fewfire import calibration, damage
+from fewfire import calibration, choosing, damage
 from fewfire.calibration import Calibration
 from fewfire.model import Model
 from fewfire.packed import open_packed
@@ -65,7 +65,7 @@ def test_what_judges_was_not_fitted_to(model: Model) -> None:
     model.engine.select(work.selection("gate", found.densities))
     by_hand = damage.measure(model, work.held, dense)
     assert (found.growth, found.agreement) == (by_hand.growth, by_hand.agree.mean())
-    other = Judge(work, work.fitted[:2]).points("gate", [0.5], work.uniform("gate"))[0]
+    other = Judge(work, work.fitted[:2]).points("gate", [0.5], choosing.uniform(work, "gate"))[0]
     assert len(set(other.densities["gate"])) == 1
     assert other.growth != found.growth
 

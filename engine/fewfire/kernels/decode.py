@@ -33,7 +33,7 @@ from fewfire.kernels.layer import (
     set_rope,
 )
 from fewfire.kernels.neurons import neuron_chunk
-from fewfire.kernels.select import NEURON_CHUNKS, find_top, meet_basis, reduce
+from fewfire.kernels.select import NEURON_CHUNKS, find_top, reduce
 from fewfire.kernels.simd import call
 from fewfire.kernels.team import advance, finish, take, wait
 
@@ -83,7 +83,7 @@ def _piece(model, team, work, thread, layer, projection, chunk, chunks, columns,
 
 @step
 def _project(model, team, phase, thread, weights, work, cache, layer, position):
-    """q, k and v, and what an early predictor wants to know of the attention's input."""
+    """q, k and v."""
     columns, matrix = (weights.qkv_columns, model.qkv_column, weights.qkv_least), (weights.qkv, model.qkv_stride)
     rows = (model.heads + 2 * model.kv_heads) * model.head_dim
     chunks = row_chunks(team) if columns[0] == 0 else COLUMN_CHUNKS
@@ -93,13 +93,9 @@ def _project(model, team, phase, thread, weights, work, cache, layer, position):
             break
         sizes = model.hidden, rows
         _piece(model, team, work, thread, layer, QKV, chunk, chunks, columns, matrix, work.x, *sizes, work.qkv)
-        if weights.early != 0:
-            meet_basis(model, team, weights, work, chunk, chunks)
         if finish(team, chunks):
             if columns[0] != 0:
                 join_chunks(work, rows, work.qkv)
-            if weights.early != 0:
-                quantize(model.quantize, work.hint, ZERO)
             add_to(work.qkv, weights.qkv_bias, rows)
             place_heads(model, weights, cache, layer, position, work.qkv, work.cos, work.sin, work.query, work.key)
             advance(team, phase)
@@ -210,7 +206,7 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
         phase = _project(model, team, phase, thread, weights, work, cache, layer, position)
         phase = _attend(model, team, phase, thread, weights, work, cache, layer, position)
         phase = _put_out(model, team, phase, thread, weights, work, layer)
-        if weights.basis != 0 and weights.early == 0:
+        if weights.basis != 0:
             phase = reduce(model, team, phase, thread, weights, work)
         if weights.top >= 0:
             phase = find_top(model, team, phase, thread, weights, work)

@@ -62,15 +62,15 @@ MODEL = record(_PRIMITIVES + _SHAPE + _TABLES, "eps attention_scale embedding_sc
 # says whether it uses the local RoPE, `window` what it sees. `qkv_columns` and so on are projections by columns, 0
 # where they are read by rows, and `qkv_least` their inputs' thresholds (see `columns.py`). What its FFN may leave out
 # (see `select.py`): `active` lists its neurons, group by group of `group_size`; `predictor` are rows that score the
-# `groups`, `predictor_bias` is added to that; they meet `rank` rows of `basis` times x, or x where there are none;
-# `early` says that x is the attention's. `gate_least` and `down_least` are the neurons' thresholds, `top` is how many
-# are kept, or -1. Addresses are 0 where nothing is dropped.
+# `groups`, `predictor_bias` is added to that; they meet `rank` rows of `basis` times x, or x where there are none.
+# `gate_least` and `down_least` are the neurons' thresholds, `top` is how many are kept, or -1. Addresses are 0 where
+# nothing is dropped.
 LAYER = record(
     """
     qkv qkv_bias q_norm k_norm o o_bias gate gate_bias updown up_bias down_bias act_threshold
     attn_norm attn_norm_bias attn_post_norm ffn_norm ffn_norm_bias ffn_post_norm local window active
     qkv_columns qkv_least o_columns o_least ffn_columns ffn_least
-    predictor predictor_stride predictor_bias groups group_size basis basis_stride rank early
+    predictor predictor_stride predictor_bias groups group_size basis basis_stride rank
     gate_least down_least top
     """
 )

@@ -121,22 +121,15 @@ def gates(model, weights, x, ids, size, gate):
     call(model.activate, (model.activation, gate, size, weights.act_threshold, ids, size))
 
 
-@inline
-def meet_basis(model, team, weights, work, chunk, chunks):
-    """A chunk of a predictor's basis times x."""
-    matrix, out = (weights.basis, weights.basis_stride), work.hint_values
-    all_rows(model, team, model.gather_dot, *matrix, weights.rank, chunk, chunks, work.x, out)
-
-
 @step
 def reduce(model, team, phase, thread, weights, work):
-    """The phase of a predictor's basis: what its rows meet. Returns the next phase."""
-    chunks = team[REGIONS]
+    """The phase of a predictor's basis times x, which its rows meet. Returns the next phase."""
+    chunks, matrix = team[REGIONS], (weights.basis, weights.basis_stride)
     while True:
         chunk = take(team, phase, thread, chunks)
         if chunk < 0:
             break
-        meet_basis(model, team, weights, work, chunk, chunks)
+        all_rows(model, team, model.gather_dot, *matrix, weights.rank, chunk, chunks, work.x, work.hint_values)
         if finish(team, chunks):
             quantize(model.quantize, work.hint, ZERO)
             advance(team, phase)

@@ -2,8 +2,8 @@
 
 A layer's FFN is one part, with a density for each of a method's kinds in it; its attention has two, what comes before
 and what comes after; the output head is one. `spread.py` chooses. Costs are the bytes of the rows that a method may
-leave out, and of what it reads in addition: predictors, screens. Where they are to stand for time, each byte of a row
-that is read out of order counts as the bytes in order that take as long.
+leave out, and of what it reads in addition: predictors, screens, thresholds. Where they are to stand for time, each
+byte of a row that is read out of order counts as the bytes in order that take as long.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from fewfire.packed import Packed
 from fewfire.quantize import row_bytes
 from fewfire.selectors.fits import Fit
 from fewfire.selectors.methods import KINDS
+from fewfire.selectors.selection import COLUMNS, column_shape
 from fewfire.spread import Choice
 
 _GRID = np.round(np.arange(0.05, 1.001, 0.025), 3)  # densities to choose from
 _COARSE = _GRID[::2]  # of a part that has three kinds or more
 _HEAD = 60  # densities of the head, which is the only one that a hundredth may be enough for
+_NUMBER = 4  # bytes of a threshold
 _DEAREST = 6.0  # that a byte of kept rows may seem: beyond that a measurement has failed
 
 #: What matrices each field of a selection leaves rows of out.
@@ -176,9 +178,14 @@ def _columns(packed: Packed) -> dict[str, int]:
 
 
 def _added(packed: Packed, kind: str, fits: Sequence[Fit]) -> float:
-    """Bytes of weights that a layer reads in addition wherever the kind leaves something out."""
-    if KINDS[kind].field not in ("predictor", "screen"):
-        return 0.0
+    """Bytes that a layer reads in addition wherever the kind leaves something out: what `traffic.py` counts."""
+    field, c = KINDS[kind].field, packed.config
+    if field in ("gate", "down"):
+        return _NUMBER * c.intermediate_size
+    if field in COLUMNS:
+        return _NUMBER * column_shape(c, field)[0]
+    if field == "top":
+        return 0
     filled = KINDS[kind].fill(packed, fits, [float(fit["densities"][0]) for fit in fits])
-    bias = filled.bias.nbytes if KINDS[kind].field == "screen" else 0  # of predictors it is not worth counting
-    return (filled.rows.nbytes + bias + (0 if filled.basis is None else filled.basis.nbytes)) / len(fits)
+    arrays = [filled.rows, filled.basis, filled.bias] + ([filled.members] if field == "predictor" else [])
+    return sum(array.nbytes for array in arrays if array is not None) / len(fits)

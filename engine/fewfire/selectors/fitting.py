@@ -68,7 +68,7 @@ def fill(packed: Packed, fits: Sequence[Fit], densities: Sequence[float]) -> Pre
     bias = [fit["bias"] - np.float32(_cut(fit, density)) for fit, density in zip(fits, densities, strict=True)]
     basis = np.stack([fit["basis"] for fit in fits]) if "basis" in fits[0] else None
     rows, members = np.stack([fit["rows"] for fit in fits]), np.stack([fit["members"] for fit in fits])
-    return Predictor(rows, np.stack(bias), members, basis, bool(fits[0]["early"]))
+    return Predictor(rows, np.stack(bias), members, basis)
 
 
 def _cut(fit: Fit, density: float) -> float:

@@ -30,13 +30,13 @@ def rank_of(hidden: int) -> int:
     return max(64, hidden // 8 // 64 * 64) if hidden > 64 else hidden
 
 
-def fit(packed: Packed, layer: Layer, *, rank: int | None = None, early: bool = False) -> Fit:
+def fit(packed: Packed, layer: Layer, *, rank: int | None = None, inputs: np.ndarray | None = None) -> Fit:
     """Fits one layer: `fitting.curve`'s arrays, and what the layer adds to a `Predictor`.
 
-    rank: of A, from 1 to the hidden size. early: from the attention's input, so that the answer is there before it is
-    wanted, which costs accuracy. A quarter of the tokens is held out to measure errors.
+    rank: of A, from 1 to the hidden size. inputs: what is looked at, `(T, hidden)`, the FFN's input if None. A quarter
+    of the tokens is held out to measure errors.
     """
-    inputs, form = layer.attn_in if early else layer.ffn_in, packed.formats.rows
+    inputs, form = layer.ffn_in if inputs is None else inputs, packed.formats.rows
     rank = rank_of(inputs.shape[1]) if rank is None else rank
     held = held_out(len(inputs))
     seen = reference.linear(layer.tensors, "gate", layer.ffn_in[~held]) - _onset(packed.config, layer)
@@ -57,7 +57,6 @@ def fit(packed: Packed, layer: Layer, *, rank: int | None = None, early: bool = 
         "basis": basis,
         "bias": scores.bias,
         "members": members,
-        "early": np.array(early),
     }
 
 

@@ -100,7 +100,7 @@ class Method:
 
     name: str
     kinds: tuple[str, ...]
-    window: int = 1  # tokens over which neurons stay kept
+    window: int = 1  # tokens over which neurons stay kept, and others may join them
 
 
 def parse(name: str) -> Method:

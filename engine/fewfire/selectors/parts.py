@@ -71,8 +71,6 @@ def misfit(packed: Packed, arrays: Mapping[str, np.ndarray], numbers: Mapping[st
         return "gate and up by columns, and a choice of neurons before that, exclude each other"
     if numbers["trained"] and not (set(arrays) == {"top"} or set(arrays) == _ROUTER):
         return "a model can only have been trained with the largest neurons, or with a predictor without a basis"
-    if numbers.get("predictor.early") and "predictor.basis" not in arrays:
-        return "a predictor without a basis cannot be early"
     if "top" in arrays and not ((arrays["top"] >= 0) & (arrays["top"] <= neurons)).all():
         return f"top is not from 0 to {neurons}"
     if "predictor.members" in arrays and (np.sort(arrays["predictor.members"]) != np.arange(neurons)).any():
@@ -98,8 +96,6 @@ def _expected(
     if "top" in parts:
         found["top"] = (np.int32, (layers,))
     if "predictor" in parts:
-        if type(numbers["predictor.early"]) is not bool:
-            raise ValueError("predictor.early")
         groups = arrays["predictor.bias"].shape[1]
         found["predictor.rows"] = (np.uint8, (layers, groups, 0))
         found["predictor.bias"] = (np.float32, (layers, groups))

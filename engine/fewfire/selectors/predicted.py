@@ -21,7 +21,7 @@ def predicted(predictor: Predictor, formats: Formats, layer: Layer) -> np.ndarra
 
 def scores(predictor: Predictor, formats: Formats, layer: Layer) -> np.ndarray:
     """The groups' scores with their biases, `(T, groups)`: those over 0 are kept."""
-    z, number = layer.attn_in if predictor.early else layer.ffn_in, layer.number
+    z, number = layer.ffn_in, layer.number
     if predictor.basis is not None:
         z = z @ decode(predictor.basis[number], formats.rows, "dot", z.shape[1]).T  # (T, rank)
     return z @ decode(predictor.rows[number], formats.rows, "dot", z.shape[1]).T + predictor.bias[number]

@@ -42,7 +42,6 @@ def fit(packed: Packed, layer: Layer) -> Fit:
         "rows": rows,
         "bias": scores.bias,
         "members": members,
-        "early": np.array(False),
     }
 
 

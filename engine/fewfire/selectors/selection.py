@@ -5,6 +5,12 @@ A neuron is read if it passes everything that is set here, in this order: `predi
 stored rows (`quantize.py`) in the model's own formats: `rows` of the model where they are multiplied with a vector,
 `down` where they are added up. Thresholds are per neuron or input, because these differ in what they matter to the
 output; a method that has one for a layer repeats it.
+
+With a `window` a neuron is read as well if a token before it in the window read it: what is kept grows by union, the
+aggregated sparsity of ReLU Strikes Back (2310.04564). That adds to what a token selects and never restricts it; rows
+that several tokens share are in the caches by then, and thresholds may be higher for the same density, since that
+counts all that is read. The paper's tokens that load nothing new at all would have to do without neurons that they
+select, to spare a transfer from slow memory that there is none of here.
 """
 
 from __future__ import annotations
@@ -21,16 +27,14 @@ class Predictor:
     """Guesses from the FFN's input which neurons will fire (`lowrank`), or which groups of them (`router`).
 
     A group's score is its row of `rows` times z, where z = basis x, or x itself without a basis. It is kept if its
-    score plus its bias is over 0; a bias of +inf keeps it always. `early`: x is the normed input of the layer's
-    attention rather than of its FFN. `members` lists the neurons group by group; all groups but the last, which may
-    be smaller, have ceil(neurons / groups).
+    score plus its bias is over 0; a bias of +inf keeps it always. `members` lists the neurons group by group; all
+    groups but the last, which may be smaller, have ceil(neurons / groups).
     """
 
     rows: np.ndarray  # (layers, groups, bytes of a row of `rank` or `hidden` columns) uint8
     bias: np.ndarray  # (layers, groups) float32
     members: np.ndarray  # (layers, neurons) int32
     basis: np.ndarray | None = None  # (layers, rank, bytes of a row of `hidden` columns) uint8
-    early: bool = False  # only with a basis
 
     @property
     def group_size(self) -> int:

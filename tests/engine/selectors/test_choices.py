@@ -18,8 +18,12 @@ from fewfire.spread import Choice
 
 PackedPath = Callable[[str, str], Path]
 PREDICTOR = SimpleNamespace(
-    rows=np.zeros((3, 10, 20), np.uint8), bias=np.zeros((3, 10), np.float32), basis=np.zeros((3, 4, 5), np.uint8)
+    rows=np.zeros((3, 10, 20), np.uint8),
+    bias=np.zeros((3, 10), np.float32),
+    basis=np.zeros((3, 4, 5), np.uint8),
+    members=np.zeros((3, 96), np.int32),
 )
+ADDED = 10 * 20 + 4 * 10 + 4 * 5 + 4 * 96  # bytes that it has in a layer
 SCREEN = SimpleNamespace(rows=np.zeros((300, 2), np.uint8), bias=np.zeros(300, np.float32), basis=None)
 
 
@@ -83,12 +87,12 @@ def test_tests_of_a_neuron_come_one_after_the_other(packed: Packed) -> None:
     c, of = packed.config, packed.formats
     row, down = row_bytes(of.rows, c.hidden_size), row_bytes(of.down, c.hidden_size)
     up, n = row if c.gated else 0, c.intermediate_size
-    added = 10 * 20 + 4 * 5
     for choice in in_bytes_of(packed, *kinds):
         for read, s in zip(choice.cost, choice.settings, strict=True):
             fired = min(s["lowrank"], s["gate"])
             wanted = n * (row * s["lowrank"] + up * fired + down * min(fired, s["down"]))
-            assert read == pytest.approx(wanted + (added if s["lowrank"] < 1 else 0))
+            thresholds = 4 * n * ((s["gate"] < 1) + (s["down"] < 1))
+            assert read == pytest.approx(wanted + thresholds + (ADDED if s["lowrank"] < 1 else 0))
 
 
 def test_columns_are_chosen_only_where_they_are_fewer_bytes(packed: Packed) -> None:
@@ -99,7 +103,7 @@ def test_columns_are_chosen_only_where_they_are_fewer_bytes(packed: Packed) -> N
     for choice in in_bytes_of(packed, "o"):
         assert choice.cost[0] == rows
         for read, setting in list(zip(choice.cost, choice.settings, strict=True))[1:]:
-            assert read == pytest.approx(queries * column * setting["o"])
+            assert read == pytest.approx(queries * (column * setting["o"] + 4))
             assert read < rows
 
 
@@ -161,4 +165,4 @@ def test_zeros_cost_nothing_at_any_density(packed: Packed) -> None:
         for cost, s in zip(choice.cost, choice.settings, strict=True):
             fired = min(s["lowrank"], 0.3)
             wanted = c.intermediate_size * (row * s["lowrank"] + (row if c.gated else 0) * fired + down * fired)
-            assert cost == pytest.approx(wanted + (10 * 20 + 4 * 5 if s["lowrank"] < 1 else 0))
+            assert cost == pytest.approx(wanted + (ADDED if s["lowrank"] < 1 else 0))

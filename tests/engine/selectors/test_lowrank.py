@@ -22,14 +22,12 @@ def layer(random: np.random.Generator) -> Layer:
 
 
 @pytest.mark.parametrize("weights", ["f32", "q8", "q4"])
-@pytest.mark.parametrize("early", [False, True])
-def test_the_wanted_share_is_kept(layer: Layer, weights: str, early: bool) -> None:
+def test_the_wanted_share_is_kept(layer: Layer, weights: str) -> None:
     packed = planted.packed(weights)
-    fit = lowrank.fit(packed, layer, rank=16, early=early)
+    fit = lowrank.fit(packed, layer, rank=16)
     held = held_out(len(layer.fired))
     for density in (0.05, 0.1, 0.33, 0.5, 0.85, 0.97):
         predictor = lowrank.fill(packed, [fit], [density])
-        assert predictor.early == early
         assert predicted(predictor, packed.formats, layer)[held].mean() == pytest.approx(
             density,
             abs=0.02 if density in fit["densities"] else 0.04,  # cuts between measured ones are interpolated
@@ -103,7 +101,7 @@ def test_rank_and_input_matter(layer: Layer) -> None:
         return float(np.interp(0.3, fit["densities"], fit["errors"]))
 
     assert error(rank=8) < error(rank=2)
-    assert error(rank=8) < error(rank=8, early=True)
+    assert error(rank=8) < error(rank=8, inputs=layer.attn_in)
 
 
 def test_too_low_a_density(layer: Layer) -> None:

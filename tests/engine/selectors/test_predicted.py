@@ -26,5 +26,5 @@ def test_groups_with_and_without_a_basis(random: np.random.Generator) -> None:
     small = random.standard_normal((3, 2), np.float32)
     basis = random.standard_normal((2, planted.HIDDEN), np.float32)
     parts = encode(small, "f32", "dot")[None], bias[None], members[None], encode(basis, "f32", "dot")[None]
-    kept = layer.attn_in @ basis.T @ small.T + bias > 0
-    np.testing.assert_array_equal(predicted(Predictor(*parts, early=True), F32, layer)[:, members[0]], kept[:, 0])
+    kept = layer.ffn_in @ basis.T @ small.T + bias > 0
+    np.testing.assert_array_equal(predicted(Predictor(*parts), F32, layer)[:, members[0]], kept[:, 0])

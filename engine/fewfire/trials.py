@@ -1,0 +1,96 @@
+"""Trying a setting on the part of the sample that nothing was fitted to: what it costs, and what it really reads."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fewfire import damage
+from fewfire.calibration import WORK, Calibration, Densities
+from fewfire.damage import Damage
+from fewfire.selectors.choices import governed_bytes
+from fewfire.selectors.methods import parse
+from fewfire.windows import some
+
+_SCORED = 4096  # tokens that a trial decodes, at most
+_MARGIN = 1.28  # standard errors: a budget is kept with a probability of 90 %
+_ADJUSTED = 256  # tokens that tell what share is read
+_ADJUSTMENTS = 6
+_ENOUGH = 0.002  # of density is close enough
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting and what it does to the held-out part of the sample."""
+
+    method: str
+    densities: Densities
+    density: float
+    measured: dict[str, Any]  # as in `About`: tokens, growth, growth_error, kl, agreement, bytes_per_token
+
+    @property
+    def bound(self) -> float:
+        """What perplexity grows by, at most as far as can be told.
+
+        The divergence counts as well: it is what perplexity would grow by on text that the model says itself, on others
+        it grows by some more, and it scatters far less than that (perf/LOG.md, "a sample that people wrote").
+        """
+        grown = max(self.measured["growth"], math.expm1(self.measured["kl"]))
+        return float(grown + _MARGIN * self.measured["growth_error"])
+
+
+def scored(work: Calibration) -> int:
+    """Tokens of a trial that decides."""
+    return max(512, min(_SCORED, int(WORK / work.packed.bytes_per_token())))
+
+
+def density(work: Calibration, method: str, bytes_per_token: float) -> float:
+    """The share read of the bytes that a method may leave out, with all that it reads in addition."""
+    left_out = work.packed.bytes_per_token() - bytes_per_token
+    return 1 - left_out / governed_bytes(work.packed, parse(method).kinds)
+
+
+def trial(work: Calibration, method: str, densities: Densities, tokens: int, stage: str) -> Trial:
+    """Measures a setting on about so many tokens of the held-out part."""
+
+    def compute() -> dict[str, Any]:
+        cut = some(work.held, tokens)
+        dense = work.dense(f"dense-held-{tokens}", cut)
+        work.model.engine.select(work.selection(method, densities))
+        return _summary(damage.measure(work.model, cut, dense, work.progress, stage))
+
+    measured = dict(work.notebook.number(f"trial {method} {digest(densities)} {tokens}", compute))
+    return Trial(method, densities, density(work, method, measured["bytes_per_token"]), measured)
+
+
+def adjusted(work: Calibration, method: str, density: float, pick: Callable[[float], Densities]) -> Densities:
+    """What `pick` gives for the share with which the kernels read a share `density`, by their own count."""
+    share, closest = density, (math.inf, Densities())
+    for number in range(_ADJUSTMENTS):
+        picked = pick(min(share, 1.0))
+        found = trial(work, method, picked, _ADJUSTED, f"adjusting {method} ({number + 1})")
+        closest = min(closest, (abs(found.density - density), picked), key=lambda each: each[0])
+        if closest[0] < _ENOUGH:
+            break
+        share *= density / max(found.density, 1e-3)
+    return closest[1]
+
+
+def digest(densities: Densities) -> str:
+    """Names a setting in the notebook."""
+    return hashlib.sha256(repr(sorted(densities.items())).encode()).hexdigest()[:16]
+
+
+def _summary(found: Damage) -> dict[str, Any]:
+    """A damage as `About` wants it."""
+    return {
+        "tokens": len(found.kl),
+        "growth": found.growth,
+        "growth_error": found.error,
+        "kl": float(found.kl.mean()),
+        "agreement": float(found.agree.mean()),
+        "bytes_per_token": round(found.bytes_per_token),
+    }
