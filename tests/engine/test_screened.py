@@ -14,6 +14,7 @@ from scipy.special import logsumexp
 from decoding import decoded
 from fewfire import quantize
 from fewfire.engine import Engine
+from fewfire.kernels.head import HEAD_CHUNKS
 from fewfire.model import Model
 from fewfire.observe import head_rows
 from fewfire.pack import pack
@@ -116,7 +117,7 @@ def test_everything_exact_is_dense(weights: str, packed_path: PackedPath, random
 
 
 def test_more_candidates_than_are_computed_together(tmp_path: Path, random: np.random.Generator) -> None:
-    packed = open_packed(pack(write_tiny("llama", tmp_path / "model", vocab_size=9001), tmp_path / "packed", "q4"))
+    packed = open_packed(pack(write_tiny("llama", tmp_path / "model", vocab_size=18001), tmp_path / "packed", "q4"))
     model = Model(packed, 1)
     dense = decoded(model, IDS[:3])
     screen = random_screen(random, packed, 40, 1e9)
@@ -126,7 +127,7 @@ def test_more_candidates_than_are_computed_together(tmp_path: Path, random: np.r
     margin = float(logsumexp(screened) - np.quantile(screened, 0.3))
     model.engine.select(Selection("screen", screen=replace(screen, margin=margin)))
     found, count = decoded(model, IDS[:3]), exact(model.engine)
-    assert 16 * 256 < count < 9001
+    assert HEAD_CHUNKS * 256 < count < 18001
     assert count <= (found[-1] == dense[-1]).sum() < count + 20  # a few by chance
 
 

@@ -38,7 +38,7 @@ from fewfire.kernels.simd import (
 from fewfire.kernels.team import advance, finish, take, wait
 
 _HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
-HEAD_CHUNKS = 64  # that the screened vocabulary is shared out in: a fixed number, which decides the order of additions
+HEAD_CHUNKS = 32  # that the screened vocabulary is shared out in: a fixed number, which decides the order of additions
 _LISTED = 256  # candidates that are computed together
 LIST = _LISTED + BLOCK  # entries of a thread's list of candidates
 
