@@ -67,8 +67,8 @@ def eval_command(
     out shows only then.
 
     --against dense tells the growth of perplexity and the KL divergence of the next token's distribution from dense's,
-    over dense's 1,024 most probable tokens and all others together, which is some 5 % less than over all of them. After
-    ± are standard errors over the windows.
+    estimated from dense's 512 most probable tokens and 512 that stand for all others. After ± are standard errors over
+    the windows.
 
     \b
     Example:

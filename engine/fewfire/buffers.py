@@ -10,7 +10,7 @@ from fewfire.kernels.attention import RANGE, SCORES
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.columns import COLUMN_CHUNKS, longest_list
 from fewfire.kernels.decode import WORK
-from fewfire.kernels.head import LIST, head_chunks
+from fewfire.kernels.head import HEAD_CHUNKS, LIST
 from fewfire.kernels.prefill import BATCH, ROWS
 from fewfire.kernels.select import NEURON_CHUNKS, longest_chunk
 from fewfire.quantize import padded
@@ -149,13 +149,13 @@ class Workspace(Buffers):
         self.read = np.zeros((c.num_hidden_layers, NEURON_CHUNKS, 3), np.int64)
         self.read[:, 0] = c.intermediate_size  # before the first token
         self.point("read", self.read)
-        self.exact = np.zeros(head_chunks(threads), np.int64)
+        self.exact = np.zeros(HEAD_CHUNKS, np.int64)
         self.point("exact", self.exact)
         if selection and selection.screen:
             reduced = Activation(selection.screen.rank)
             self.activation("reduced", reduced)
             self.point("screened", reduced.values)
-            self.floats(largest=(head_chunks(threads),), values=(threads, LIST))
+            self.floats(largest=(HEAD_CHUNKS,), totals=(HEAD_CHUNKS,), values=(threads, LIST))
             self.point("candidates", aligned((threads, LIST), np.int32))
         self.projected = np.zeros((c.num_hidden_layers, 3, COLUMN_CHUNKS), np.int64)
         self.point("projected", self.projected)

@@ -1,10 +1,10 @@
 """What the selection in use does to the predictions: next-token distributions beside the dense model's.
 
 Both decode the same windows token by token, so that nothing differs but the selection, and their differences scatter
-far less than the perplexities. The dense model decodes once; what is kept of it are its most probable tokens, which
-makes the KL divergence one over these and all others taken together: never more than the whole one, and the whole one
-where the vocabulary is no larger. Neighbouring tokens are alike, so standard errors take windows, not tokens, as
-independent of each other.
+far less than the perplexities. The dense model decodes once; what is kept of it are its most probable tokens, and some
+that stand for the rest of the probability: a screened head does its damage there, and keeps the sum, so that the rest
+taken as one would show none of it (perf/LOG.md, "where a screen's damage is"). Neighbouring tokens are alike, so
+standard errors take windows, not tokens, as independent of each other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fewfire.progress import Progress, silent
 if TYPE_CHECKING:
     from fewfire.model import Model
 
-_KEPT = 1024  # most probable tokens
+_KEPT = 512  # most probable tokens, and as many for the rest
 LARGEST = 700.0  # whose exp is still a float
 NOT_FINITE = "the model computed no finite number for this text: its weights may be damaged"
 
@@ -35,8 +35,9 @@ Windows = Sequence[Sequence[int]]  # of at least two tokens, each read from an e
 class Dense:
     """What the dense model predicts for T scored tokens."""
 
-    tokens: np.ndarray  # (T, kept) int32 the most probable next tokens, the most probable one first
+    tokens: np.ndarray  # (T, kept) int32 next tokens, the most probable one first
     log_p: np.ndarray  # (T, kept) float32 their log probabilities
+    weight: np.ndarray  # (T, kept) float32 the probability that they stand for: together 1
     target: np.ndarray  # (T,) float64 that of the token that came
     seconds: np.ndarray  # (T,) float64 that decoding took
 
@@ -46,7 +47,7 @@ class Damage:
     """Of a selection, over T scored tokens. Standard errors are infinite where there is only one window."""
 
     grown: np.ndarray  # (T,) float64 how much more -log p of the token that came is, in nats
-    kl: np.ndarray  # (T,) float64 KL(dense || selected) of the distribution that it came from, in nats
+    kl: np.ndarray  # (T,) float64 KL(dense || selected) of the distribution that it came from, in nats, estimated
     agree: np.ndarray  # (T,) bool whether both have the same most probable token
     window: np.ndarray  # (T,) int32 the number of its window
     seconds: np.ndarray  # (T,) float64 that decoding took
@@ -62,6 +63,13 @@ class Damage:
         """Standard error of `growth`."""
         return perplexity_growth(*self._by_window(self.grown))[1]
 
+    @property
+    def worse_kl(self) -> float:
+        """Mean KL in those half of the windows that have most of it: what text may have that is harder than this."""
+        sums, counts = self._by_window(self.kl)
+        worse = np.argsort(-sums / counts, kind="stable")[: (len(sums) + 1) // 2]
+        return float(sums[worse].sum() / counts[worse].sum())
+
     def error_of(self, values: np.ndarray) -> float:
         """Standard error of the mean of one of these arrays."""
         return clustered_error(*self._by_window(values))
@@ -76,17 +84,16 @@ def observe_dense(model: Model, windows: Windows, progress: Progress = silent, s
 
     Raises `FewfireError` if the logits are not finite.
     """
-    tokens, log_p, targets, seconds = [], [], [], []
+    tokens, log_p, weights, targets, seconds = [], [], [], [], []
     for target, logits, took, _ in _decoded(model, windows, progress, stage):
         total = float(log_total(logits))
-        kept = min(_KEPT, len(logits))
-        best = np.argpartition(logits, len(logits) - kept)[len(logits) - kept :]
-        best = best[np.argsort(-logits[best], kind="stable")].astype(np.int32)
-        tokens.append(best)
-        log_p.append(_log_p(logits[best], total))
+        kept, weight = _kept(logits, total)
+        tokens.append(kept)
+        log_p.append(_log_p(logits[kept], total))
+        weights.append(weight)
         targets.append(float(logits[target]) - total)
         seconds.append(took)
-    return Dense(np.stack(tokens), np.stack(log_p), np.array(targets), np.array(seconds))
+    return Dense(np.stack(tokens), np.stack(log_p), np.stack(weights), np.array(targets), np.array(seconds))
 
 
 def measure(
@@ -100,7 +107,7 @@ def measure(
     grown, kl, seconds, agree = np.empty(count), np.empty(count), np.empty(count), np.empty(count, bool)
     for i, (target, logits, took, bytes_read) in enumerate(_decoded(model, windows, progress, stage)):
         total = float(log_total(logits))
-        kl[i] = _divergence(dense.log_p[i], _log_p(logits[dense.tokens[i]], total), len(logits))
+        kl[i] = _divergence(dense.weight[i], dense.log_p[i], _log_p(logits[dense.tokens[i]], total))
         grown[i] = dense.target[i] - (float(logits[target]) - total)
         agree[i] = logits.argmax() == dense.tokens[i, 0]
         seconds[i] = took
@@ -142,15 +149,34 @@ def _log_p(logits: np.ndarray, total: float) -> np.ndarray:
     return (logits.astype(np.float64) - total).astype(np.float32)
 
 
-def _divergence(log_p: np.ndarray, log_q: np.ndarray, vocab: int) -> float:
-    """KL(p || q) of the listed tokens, with all others of the vocabulary as one more."""
-    log_p, log_q = log_p.astype(np.float64), log_q.astype(np.float64)
-    p, q = np.exp(log_p), np.exp(log_q)
-    found = float(p @ (log_p - log_q))
-    if len(p) < vocab:
-        rest_p, rest_q = max(1 - p.sum(), 1e-9), max(1 - q.sum(), 1e-9)
-        found += rest_p * math.log(rest_p / rest_q)
-    return found
+def _kept(logits: np.ndarray, total: float) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that are kept, and the probability that each stands for.
+
+    All, or the most probable ones and a systematic sample of the others: in the order of their ids, those at every so
+    many'th of their probability, some perhaps repeatedly (Cochran, Sampling Techniques, 8.1).
+    """
+    p = np.exp(logits - total, dtype=np.float64)
+    some = _KEPT if len(logits) > 2 * _KEPT else len(logits)
+    best = np.argpartition(-logits, some - 1)[:some]
+    best = best[np.argsort(-logits[best], kind="stable")]
+    if some == len(logits):
+        return best.astype(np.int32), p[best].astype(np.float32)
+    rest = p.copy()
+    rest[best] = 0
+    sums = rest.cumsum()
+    drawn = np.searchsorted(sums, sums[-1] * (np.arange(_KEPT) + 0.5) / _KEPT)
+    weight = np.append(p[best], np.full(_KEPT, sums[-1] / _KEPT))
+    return np.append(best, drawn).astype(np.int32), weight.astype(np.float32)
+
+
+def _divergence(weight: np.ndarray, log_p: np.ndarray, log_q: np.ndarray) -> float:
+    """KL(p || q) from tokens that stand for so much of p.
+
+    The sum of p (log p/q + q/p - 1), to which all of the vocabulary adds nothing: so no token's part is negative, and
+    it scatters little where few tokens stand for many.
+    """
+    apart = log_p.astype(np.float64) - log_q
+    return float(weight @ (apart + np.expm1(np.minimum(-apart, LARGEST))))
 
 
 def _decoded(

@@ -1,13 +1,16 @@
 """The output head of one token: every logit, or a cheap screen of all and the exact logits of those that may matter.
 
-The screen has low rank: logits = rows (basis x) + bias, in a fraction of the head's bytes. Tokens whose screened logit
-is no more than a margin under the largest are candidates: their rows of the head are read. The others keep the screened
-logit, so that there is always a whole distribution. How a screen is fitted, and what it costs, is not known here
+The screen has low rank: logits = rows (basis x) + bias, in a fraction of the head's bytes. Tokens to which these give a
+probability of exp(-margin) or more are candidates: their rows of the head are read. The others keep the screened logit,
+so that there is always a whole distribution. How a screen is fitted, and what it costs, is not known here
 (`selectors/screen.py`).
 
-Three phases: rows of the basis; screened logits, of each chunk with their largest; candidates, which each chunk looks
-for among its own tokens. A logit is the same bits in whatever chunk it is computed, and so are all results.
+Three phases: rows of the basis; screened logits, of each chunk with their largest and the sum of their exponentials;
+candidates, which each chunk looks for among its own tokens. The chunks are the same for any number of threads, and so
+are all results.
 """
+
+import math
 
 import numpy as np
 
@@ -15,6 +18,7 @@ from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import ZERO, inline, step
 from fewfire.kernels.gather import SOON
 from fewfire.kernels.layer import all_rows, pad, quantize, row_chunks
+from fewfire.kernels.pointwise import exp
 from fewfire.kernels.simd import (
     add,
     call,
@@ -28,35 +32,32 @@ from fewfire.kernels.simd import (
     store_f32x8,
     store_i32,
     store_i64,
+    subtract,
+    sum_lanes,
 )
-from fewfire.kernels.team import REGIONS, advance, finish, take, wait
+from fewfire.kernels.team import advance, finish, take, wait
 
 _HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
-_CHUNKS = 16  # that the vocabulary is shared out in, for each thread
+HEAD_CHUNKS = 32  # that the screened vocabulary is shared out in: a fixed number, which decides the order of additions
 _LISTED = 256  # candidates that are computed together
 LIST = _LISTED + BLOCK  # entries of a thread's list of candidates
 
 
-def head_chunks(threads: int) -> int:
-    """Chunks of the vocabulary."""
-    return _CHUNKS * threads
-
-
 @inline
-def _part(model, chunk, chunks):
+def _part(model, chunk):
     """The first token of a chunk, and the first behind it."""
-    return model.vocab * chunk // chunks, model.vocab * (chunk + 1) // chunks
+    return model.vocab * chunk // HEAD_CHUNKS, model.vocab * (chunk + 1) // HEAD_CHUNKS
 
 
 @step
 def _screen_part(model, start, stop, reduced, logits):
-    """The screened logits of tokens start to stop; returns the largest."""
-    largest, count = np.float32(-np.inf), stop - start
+    """The screened logits of tokens start to stop; returns the largest, and the sum of exp(logit - largest)."""
+    largest, total, count = np.float32(-np.inf), np.float32(0.0), stop - start
     if count > 0:
         rows, stride = model.every + 4 * start, model.screen_stride
         listed = (rows, rows + 4 * SOON, stride, count, 0, (count + 3) // 4)
         call(model.gather_dot, (model.screen, stride, *listed, reduced, logits + 4 * start))
-        whole, best = start + count // 8 * 8, splat_f32(largest)
+        whole, best, sums = start + count // 8 * 8, splat_f32(largest), splat_f32(total)
         for i in range(4 * start, 4 * whole, 32):
             values = add(load_f32x8(logits + i), load_f32x8(model.screen_bias + i))
             store_f32x8(logits + i, values)
@@ -66,7 +67,23 @@ def _screen_part(model, start, stop, reduced, logits):
             value = load_f32(logits + i) + load_f32(model.screen_bias + i)
             store_f32(logits + i, value)
             largest = max(value, largest)
-    return largest
+        for i in range(4 * start, 4 * whole, 32):
+            sums = add(sums, exp(subtract(load_f32x8(logits + i), splat_f32(largest))))
+        total = sum_lanes(sums)
+        for i in range(4 * whole, 4 * stop, 4):
+            total += math.exp(load_f32(logits + i) - largest)
+    return largest, total
+
+
+@step
+def _log_total(largest, totals):
+    """log sum exp of all screened logits."""
+    best, total = np.float32(-np.inf), np.float32(0.0)
+    for i in range(0, 4 * HEAD_CHUNKS, 4):
+        best = max(best, load_f32(largest + i))
+    for i in range(0, 4 * HEAD_CHUNKS, 4):
+        total += load_f32(totals + i) * math.exp(load_f32(largest + i) - best)
+    return best + np.float32(math.log(total))
 
 
 @inline
@@ -125,27 +142,27 @@ def screened_logits(model, team, phase, thread, work, logits):
             advance(team, phase)
     phase = wait(team, phase)
 
-    chunks = _CHUNKS * team[REGIONS]
     while True:
-        chunk = take(team, phase, thread, chunks)
+        chunk = take(team, phase, thread, HEAD_CHUNKS)
         if chunk < 0:
             break
-        start, stop = _part(model, chunk, chunks)
-        store_f32(work.largest + 4 * chunk, _screen_part(model, start, stop, work.reduced, logits))
-        if finish(team, chunks):
-            for i in range(4, 4 * chunks, 4):
-                store_f32(work.largest, max(load_f32(work.largest), load_f32(work.largest + i)))
+        start, stop = _part(model, chunk)
+        largest, total = _screen_part(model, start, stop, work.reduced, logits)
+        store_f32(work.largest + 4 * chunk, largest)
+        store_f32(work.totals + 4 * chunk, total)
+        if finish(team, HEAD_CHUNKS):
+            store_f32(work.least, _log_total(work.largest, work.totals) - np.float32(model.screen_margin))
             advance(team, phase)
     phase = wait(team, phase)
 
-    least = load_f32(work.largest) - np.float32(model.screen_margin)
+    least = load_f32(work.least)
     ids, values = work.candidates + 4 * LIST * thread, work.values + 4 * LIST * thread
     while True:
-        chunk = take(team, phase, thread, chunks)
+        chunk = take(team, phase, thread, HEAD_CHUNKS)
         if chunk < 0:
             break
-        start, stop = _part(model, chunk, chunks)
+        start, stop = _part(model, chunk)
         store_i64(work.exact + 8 * chunk, _exact_part(model, start, stop, least, work.x, ids, values, logits))
-        if finish(team, chunks):
+        if finish(team, HEAD_CHUNKS):
             advance(team, phase)
     wait(team, phase)

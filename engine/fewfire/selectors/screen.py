@@ -25,7 +25,7 @@ from fewfire.quantize import GROUP
 from fewfire.selectors.fits import Fit
 from fewfire.selectors.selection import Screen
 
-MARGINS = np.arange(2.0, 20.0)  # nats
+MARGINS = np.arange(2.0, 20.0)  # nats: tokens with a probability of exp(-margin) are made exact
 _STATES = 2000  # at most, that the cost is measured on
 _HELD = 0.25  # share of the sample, its end, that the regression does not use
 _RIDGE = 0.01  # share of the mean variance that is added to each direction's
@@ -118,21 +118,22 @@ def _cost(packed: Packed, screen: Screen, states: np.ndarray) -> Fit:
     """Densities, margins, errors and missed of a screen over final hidden states `(T, hidden)`."""
     of, count, bins = packed.formats, len(states), len(MARGINS) + 1
     reduced = _rounded(states @ quantize.decode(screen.basis, of.table, "dot", states.shape[1]).T, of.rows)
-    largest = np.max([_screened(packed, screen, reduced, start).max(axis=1) for start in _starts(packed)], axis=0)
-    # For each state, by how far a token is under the largest: tokens, and sums of exp(exact), exp(screened) and
-    # exp(exact) (exact - screened). The largest screened logit is taken off before, which nothing depends on.
+    parts = [special.logsumexp(_screened(packed, screen, reduced, start), axis=1) for start in _starts(packed)]
+    total = special.logsumexp(parts, axis=0).astype(np.float32)
+    # For each state, by a token's screened -log p: tokens, and sums of exp(exact), exp(screened) and exp(exact)
+    # (exact - screened). What makes probabilities of the screened logits is taken off both, which nothing depends on.
     sums = np.zeros((4, count * bins))
     best, depth = np.full(count, -np.inf, np.float32), np.zeros(count, np.float32)
     for start in _starts(packed):
-        screened = _screened(packed, screen, reduced, start) - largest[:, None]
-        exact = states @ head_rows(packed, start, start + _BLOCK).T - largest[:, None]
+        screened = _screened(packed, screen, reduced, start) - total[:, None]
+        exact = states @ head_rows(packed, start, start + _BLOCK).T - total[:, None]
         top = exact.argmax(axis=1)[:, None]
         value, under = (np.take_along_axis(each, top, axis=1)[:, 0] for each in (exact, -screened))
         best, depth = np.maximum(best, value), np.where(value > best, under, depth)
         place = np.searchsorted(MARGINS, -screened) + bins * np.arange(count)[:, None]
         likely = np.exp(np.minimum(exact, np.float32(80)))
-        for total, weights in zip(sums, (None, likely, np.exp(screened), likely * (exact - screened)), strict=True):
-            total += np.bincount(place.reshape(-1), None if weights is None else weights.reshape(-1), total.size)
+        for found, weights in zip(sums, (None, likely, np.exp(screened), likely * (exact - screened)), strict=True):
+            found += np.bincount(place.reshape(-1), None if weights is None else weights.reshape(-1), found.size)
     tokens, exact_sums, screened_sums, apart = sums.reshape(4, count, bins).cumsum(axis=2)
     whole = exact_sums[:, -1:]
     beyond = (apart[:, -1:] - apart) / whole

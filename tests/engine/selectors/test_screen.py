@@ -94,7 +94,7 @@ def test_costs_are_what_plain_formulas_say(
     screened = screen._rounded(held @ basis.T, packed.formats.rows) @ rows.T + fit["bias"]
     exact = (held @ head_rows(packed).T).astype(np.float64)
     for i, margin in enumerate(fit["margins"]):
-        candidates = screened >= screened.max(axis=1, keepdims=True) - margin
+        candidates = screened >= log_total(screened)[:, None] - margin
         logits = np.where(candidates, exact, screened)
         p, q = (each - log_total(each)[:, None] for each in (exact, logits))
         assert candidates.mean() == pytest.approx(fit["densities"][i], abs=1e-5)
