@@ -148,11 +148,12 @@ def _front(method: str, base: Base) -> str:
 
 
 def _usage(name: str, base: Base, adapter: str | None) -> str:
-    lines = [f"fewfire pack {shlex.quote(name)} {shlex.quote(name)}-q4", f"fewfire chat {shlex.quote(name)}-q4"]
+    packed = shlex.quote(f"{name}-q4")
+    text = f"```sh\nfewfire pack {shlex.quote(name)} {packed}\nfewfire chat {packed}\n```"
     if adapter:
-        line = f"fewfire pack {shlex.quote(base.name)} {shlex.quote(name)}-q4 --adapter {adapter}"
-        lines.insert(1, f"{line}   # the same from {base.name}, and the small file alone")
-    return "\n".join(["```sh", *lines, "```"])
+        again = f"fewfire pack {shlex.quote(base.name)} {packed} --adapter {adapter}"
+        text += f"\n\nThe small file {adapter} alone, with {base.name}, gives the same: `{again}`."
+    return text
 
 
 def _course(steps: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]], original: float) -> str:
