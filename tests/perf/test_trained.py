@@ -168,8 +168,14 @@ def test_models_that_cannot_be_compared(texts: list[str], tiny_path: Callable[[s
     assert run("pack", tiny_path("llama"), packed, "--weights", "q8").code == 0
     with pytest.raises(ValueError, match="packed as q8, not f32"):
         judging.open(str(packed))
+    other = tmp_path / "other"
+    shutil.copytree(tiny_path("llama"), other)
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"add_bos_token": True, "bos_token": "<|im_end|>"})
+    )
     with pytest.raises(ValueError, match="other tokens"):
-        judging.open(str(tiny_path("gemma3")))
+        judging.open(str(other))
 
 
 def test_names() -> None:
