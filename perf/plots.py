@@ -192,11 +192,11 @@ def _tradeoff(result: Result) -> Figure | None:
     for number, (color, text) in enumerate(zip(_COLORS, result["texts"], strict=False)):
         growth = [max(p["texts"][number]["growth_percent"], _NOTHING) for p in points]
         axes.plot([p["zeros"] for p in points], growth, marker=".", color=color, label=text["label"])
-        rows = [row for row in result["rows"] if row["name"] != result["curve"]["name"]]
-        for row in rows:
+        for row in (row for row in result["rows"] if row["name"] != result["curve"]["name"]):
             at = row["zeros"], max(row["texts"][number]["growth_percent"], _NOTHING)
             axes.plot(*at, "x", color=color)
-            axes.annotate(row["name"], at, (3, 3), textcoords="offset points", fontsize=6, color=color)
+            if number == 0:
+                axes.annotate(row["name"], at, (4, -8), textcoords="offset points", fontsize=6)
     axes.set_yscale("log")
     _ticks(axes.yaxis, {cost: f"+{cost:g} %" for cost in (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)})
     axes.set_xlim(0, 1)

@@ -14,7 +14,7 @@ import torch
 from fewfire.cache import cache_dir
 from fewfire.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from fewfire.progress import Progress, silent
-from fewfire.sources import resolve
+from fewfire.sources import adapter_of, resolve
 from fewfire.tokenizer import Tokenizer
 from fewfire.train import card, export, log, lora
 from fewfire.train import corpus as text
@@ -146,6 +146,8 @@ def train(
     options.check()
     if options.adapter and method in ("topk", "lte"):
         raise ValueError(f"no adapter can hold what {method} chooses neurons with: leave --adapter out")
+    if adapter_of(source):
+        raise ValueError(f"{source} has been trained already: name the model that it was made from")
     if (out / "config.json").exists():
         raise ValueError(f"{out} has a model already: choose another directory")
     path = resolve(source, progress)
