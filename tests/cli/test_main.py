@@ -1,7 +1,9 @@
 import inspect
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,16 @@ def test_the_default_model_is_an_alias():
 
     assert DEFAULT_MODEL in ALIASES
     assert inspect.signature(fewfire.load).parameters["source"].default == DEFAULT_MODEL
+
+
+def test_every_alias_is_shown():
+    from fewfire.sources import ADAPTED, ALIASES
+
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (named,) = re.findall(r"MODEL is an alias \((.*?)\)", " ".join(run("--help").out.split()))
+    assert named.split(", ") == [*ALIASES, *ADAPTED]
+    (row,) = re.findall(r"^\| an alias \|.*", readme, re.M)
+    assert all(f"`{name}` (" in row for name in (*ALIASES, *ADAPTED))
 
 
 def test_help_lists_every_command():

@@ -75,6 +75,8 @@ def test_an_alias_with_an_adapter(model, small, tmp_path, own_cache, monkeypatch
     monkeypatch.setattr(sources, "ADAPTED", {alias.name: alias})
     assert "gated" in run("info", "tiny-relu").out
     assert json.loads(run("info", "tiny-relu", "--json").out)["config"]["hidden_act"] == "relu"
+    assert run("generate", "tiny-relu", "x", "--max-tokens", 1).code == 0
+    assert "tiny-relu:q4  packed" in run("models").out
     assert run("pack", "tiny-relu", tmp_path / "packed").code == 0
     assert fewfire.load(tmp_path / "packed").packed.name == "tiny-relu"
     run("pack", "tiny-relu", tmp_path / "again", "--adapter", small).failed(2, "has an adapter already")

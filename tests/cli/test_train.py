@@ -8,6 +8,7 @@ import pytest
 
 import tiny
 from commandline import PROGRAM, run
+from fewfire import sources
 
 if importlib.util.find_spec("torch") is None:
 
@@ -46,6 +47,7 @@ def test_from_training_to_generating(model, text, tmp_path, method, options):
     entries = [json.loads(line) for line in (out / "training" / "log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in entries if "loss" in e] == list(range(1, 12))
     assert not (out / "training" / "state.pt").exists()
+    assert f"`fewfire train {method}`" in (out / "README.md").read_text()
     assert (out / "adapter.safetensors").exists() == ("--rank" in options or "--adapter" in options)
     said = run("generate", out, "The keeper is", "--max-tokens", 8, "--weights", "f32", "--json")
     assert json.loads(said.out)["stats"]["tokens"] if said.code == 0 else said
@@ -110,6 +112,12 @@ def test_texts_that_cannot_be_used(model, tmp_path):
     run("train", "relufy", model, tmp_path / "out", "--text", short).failed(2, "give more --text")
     run("train", "relufy", model, tmp_path / "out", "--text", tmp_path / "none.txt").failed(1, "none.txt")
     run("train", "relufy", model, tmp_path / "out").failed(2, "--text")
+
+
+def test_an_alias_with_an_adapter_is_not_trained_again(text, tmp_path, monkeypatch):
+    alias = sources.AdaptedModel("tiny-relu", "a test", "smollm2", "tiny-relu.safetensors")
+    monkeypatch.setattr(sources, "ADAPTED", {alias.name: alias})
+    run("train", "relufy", "tiny-relu", tmp_path / "out", "--text", text).failed(2, "name the model that it was made")
 
 
 def test_gelu_models_cannot_have_thresholds(tiny_path, text, tmp_path):

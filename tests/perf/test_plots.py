@@ -54,6 +54,16 @@ MEASURED = {
             for d in (0.9, 0.5)
         ],
     },
+    "taught": {
+        "kind": "trained",
+        "texts": [{"label": "a"}, {"label": "b"}],
+        "rows": [{"name": n, "zeros": 0.5, "texts": [{"growth_percent": g} for g in (1, -3)]} for n in ("mine", "x")],
+        "curve": {
+            "name": "mine",
+            "points": [{"zeros": z, "texts": [{"growth_percent": 50 * z}, {"growth_percent": -1}]} for z in (0, 0.9)],
+        },
+    },
+    "untaught": {"kind": "trained", "texts": [], "rows": [], "curve": {}},
     "other": {"kind": "quality"},
 }
 
@@ -62,6 +72,7 @@ def test_pictures_are_drawn_and_old_ones_go(tmp_path, monkeypatch):
     (tmp_path / "gone.png").write_bytes(b"")
     written = plots.draw(MEASURED, tmp_path)
     names = {"speed.png", "grown-context.png", "grown-size.png", "rows.png", "load.png", "ways-growth.png"}
+    names |= {"taught-curve.png"}
     assert {path.name for path in written} == {path.name for path in tmp_path.iterdir()} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 100_000 for path in written)
     before = {path.name: path.read_bytes() for path in written}

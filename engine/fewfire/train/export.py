@@ -1,8 +1,8 @@
 """What training leaves: a checkpoint in the Hugging Face layout, and the update by itself as a small adapter.
 
-The checkpoint has config.json, model.safetensors (matrices in float16, vectors in float32), the tokenizer, and
-sparsity.json where the method has a selection of its own; `pack` and everything else open it like any other. Every file
-is written under another name and renamed, config.json last, without which a directory is no model.
+The checkpoint has config.json, model.safetensors (matrices in float16, vectors in float32), the tokenizer, a model card
+(`card.py`), and sparsity.json where the method has a selection of its own; `pack` and everything else open it like any
+other. Every file is written under another name and renamed, config.json last, without which a directory is no model.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fewfire.config import ModelConfig
 from fewfire.errors import FewfireError
 from fewfire.families import FAMILIES, Family, canonical_to
 from fewfire.selectors.trained import NAME, TENSORS
+from fewfire.train.card import NAME as CARD
 from fewfire.train.hfconfig import hf_config
 from fewfire.train.lora import PROJECTIONS, LowRank, merge, truncated
 from fewfire.train.method import Result
@@ -48,8 +49,11 @@ def tensors(network: Network, config: ModelConfig, result: Result) -> dict[str, 
     return {name: _array(state[name]) for name in config.shapes()}
 
 
-def write(network: Network, checkpoint: Checkpoint, result: Result, out: Path) -> None:
-    """Writes the trained model into `out`; merges the network's low-rank updates. Raises `FewfireError`."""
+def write(network: Network, checkpoint: Checkpoint, result: Result, out: Path, card: str | None = None) -> None:
+    """Writes the trained model into `out`, with its card; merges the network's low-rank updates.
+
+    Raises `FewfireError`.
+    """
     merge(network)
     config = new_config(checkpoint, result)
     family = FAMILIES[config.architecture]
@@ -64,6 +68,8 @@ def write(network: Network, checkpoint: Checkpoint, result: Result, out: Path) -
         if result.tensors:
             save_file({name: _array(value) for name, value in result.tensors.items()}, temporary / TENSORS)
         _tokenizer(checkpoint, temporary)
+        if card is not None:
+            (temporary / CARD).write_text(card, encoding="utf-8")
         (temporary / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, out / file.name)

@@ -1,14 +1,18 @@
 """The method `lte`: groups of neurons, and routers that learn together with the model which of them a token needs.
 
-Learn To be Efficient (2402.06126). Its experts are groups of 32 neurons with like gate rows (`selectors/groups.py`),
-its router gives each a score G(x) = sigmoid(x W) by itself. Stage 1, soft: what an expert puts out is multiplied by its
-score, and to the loss are added `efficiency`, which pulls scores to 0, and `separability`, which pushes them away from
-the threshold of 0.5. Stage 2, hard: experts over the threshold count whole, others not at all, the routers stay as they
-are, and the model learns to do without.
+From Learn To be Efficient (2402.06126): experts are groups of 32 neurons with like gate rows (`selectors/groups.py`),
+and a router gives each a score G(x) = sigmoid(x W) by itself. In stage 1 what an expert puts out is multiplied by its
+score, and to the loss are added `efficiency`, the mean of G(x)², which pulls scores to 0, and `separability`, which
+pushes them away from the threshold of 0.5. In stage 2 the threshold decides, the routers stay as they are, and the
+model learns to do without the experts under it.
 
-It differs from the paper in two things. Routers begin with what logistic regression says of which groups are worth
-reading (`selectors/router.py`), at one price for all layers, and with a bias: there they begin at random, and learn
-from many more tokens. The separability loss is finite at the threshold, where some token's score always is.
+The paper's full text was not at hand, so the rest is this project's reading of it and has not been checked: the formula
+of `separability`; that in stage 2 an expert over the threshold counts whole, not by its score; the weights of the two
+losses, and that each stage has half of the steps (`SOFT`).
+
+Different on purpose: routers begin with what logistic regression says of which groups are worth reading
+(`selectors/router.py`), at one price for all layers, and with a bias, where the paper's begin at random and learn from
+many more tokens.
 """
 
 from __future__ import annotations
@@ -32,12 +36,15 @@ NEAR = 0.1  # a distance from the threshold at which separability is half of wha
 
 
 def efficiency(scores: Tensor) -> Tensor:
-    """The mean over tokens and experts of G(x)², from 0 to 1. scores: `(..., experts)` from 0 to 1."""
+    """The mean over tokens and experts of G(x)², as in the paper. scores: `(..., experts)`, from 0 to 1."""
     return scores.square().mean()
 
 
 def separability(scores: Tensor) -> Tensor:
-    """The mean over tokens and experts of 1 / ((G(x) - 0.5)² + 0.1²), from 3.8 to 100; without 0.1² in the paper."""
+    """The mean over tokens and experts of 1 / ((G(x) - 0.5)² + 0.1²), from 3.8 to 100.
+
+    A reading of the paper: large near the threshold, but finite on it, where some token's score always is.
+    """
     return (1 / ((scores - 0.5).square() + NEAR**2)).mean()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +14,10 @@ import torch
 from fewfire.cache import cache_dir
 from fewfire.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from fewfire.progress import Progress, silent
-from fewfire.sources import resolve
+from fewfire.sources import adapter_of, resolve
 from fewfire.tokenizer import Tokenizer
+from fewfire.train import card, export, log, lora
 from fewfire.train import corpus as text
-from fewfire.train import export, log, lora
 from fewfire.train.corpus import Corpus
 from fewfire.train.layerwise import Layerwise
 from fewfire.train.lte import Lte
@@ -68,6 +70,10 @@ class Options:
         for name in ("layerwise", "l1", "efficiency", "separability"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} must be 0 or more, not {getattr(self, name)}")
+
+    def chosen(self) -> dict[str, Any]:
+        """What is not the default, by its name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +146,8 @@ def train(
     options.check()
     if options.adapter and method in ("topk", "lte"):
         raise ValueError(f"no adapter can hold what {method} chooses neurons with: leave --adapter out")
+    if adapter_of(source):
+        raise ValueError(f"{source} has been trained already: name the model that it was made from")
     if (out / "config.json").exists():
         raise ValueError(f"{out} has a model already: choose another directory")
     path = resolve(source, progress)
@@ -166,26 +174,44 @@ def train(
     about = {"method": method, **asdict(options), "model": fingerprint(path), "text": corpus.key()}
     trainer = Trainer(network, corpus, teacher, recipe, plan, out / TRAINING, about, progress)
     trainer.run()
-    _export(trainer, checkpoint, out, source, method, options)
+    _export(trainer, checkpoint, out, card.Base.of(source, path), method, options, texts, held_out)
     return out
 
 
-def _export(trainer: Trainer, checkpoint: Checkpoint, out: Path, source: str, method: str, options: Options) -> None:
+def _export(
+    trainer: Trainer,
+    checkpoint: Checkpoint,
+    out: Path,
+    base: card.Base,
+    method: str,
+    options: Options,
+    texts: Sequence[Path],
+    held_out: Path | None,
+) -> None:
     """Writes what has been trained, and then removes the state, which nothing needs any more."""
-    measured = [entry for entry in log.read(out / TRAINING / log.NAME) if "perplexity" in entry]
+    entries = log.read(out / TRAINING / log.NAME)
+    measured = [entry for entry in entries if "perplexity" in entry]
+    steps = [entry for entry in entries if "loss" in entry]
     about = {
-        "tokens": options.tokens,
+        "tokens": steps[-1]["tokens"],
+        "hours": round(steps[-1]["seconds"] / 3600, 2),
         "perplexity": measured[-1]["perplexity"],
         "perplexity of the original": measured[0]["original"],
         "zeros": measured[-1]["zeros"],
         "options": asdict(options),
     }
     result = trainer.method.result()
-    rank = options.rank or options.adapter
-    if rank and result.sparsity is None:
-        path = out / export.ADAPTER
-        export.write_adapter(trainer.network, checkpoint, result, path, rank, base=source, method=method, about=about)
-    export.write(trainer.network, checkpoint, result, out)
+    rank, path = options.rank or options.adapter, out / export.ADAPTER
+    small = bool(rank) and result.sparsity is None
+    if small:
+        export.write_adapter(
+            trainer.network, checkpoint, result, path, rank, base=base.name, method=method, about=about
+        )
+    named = [card.Text.of(file) for file in texts]
+    measured_with = card.Text.of(held_out) if held_out else None
+    name, chosen = Path(os.path.abspath(out)).name, options.chosen()
+    readme = card.write(name, method, base, chosen, named, measured_with, entries, path.name if small else None)
+    export.write(trainer.network, checkpoint, result, out, readme)
     trainer.forget()
 
 

@@ -1,0 +1,43 @@
+"""The adapters that come with the package: small, for the models they name, and what they promise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fewfire
+from fewfire.adapter import Adapted, open_adapter
+from fewfire.checkpoint import open_checkpoint
+from fewfire.config import EXACT_ZEROS
+from fewfire.errors import SourceError
+from fewfire.pack import pack
+from fewfire.sources import ADAPTED, ALIASES
+
+LARGEST = 10_000_000  # bytes
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_an_adapter_that_comes_with_the_package(name: str, fetched: Callable[[str], Path], tmp_path: Path) -> None:
+    alias = ADAPTED[name]
+    assert alias.base in ALIASES
+    assert alias.path.stat().st_size <= LARGEST
+    assert alias.path.with_suffix(".md").read_text(encoding="utf-8").startswith("---\n"), "its model card"
+    try:
+        path = fetched(alias.base)
+    except SourceError as error:
+        pytest.skip(f"{alias.base} cannot be fetched: {error}")
+    base, opened = open_checkpoint(path), open_adapter(alias.path)
+    merged = Adapted(base, opened)
+    assert merged.config.hidden_act in EXACT_ZEROS
+    changed = next(entry.removesuffix(".A") + ".weight" for entry in opened.entries if entry.endswith(".A"))
+    assert np.abs(merged.read(changed) - base.read(changed)).max() > 0
+    model = fewfire.load(pack(path, tmp_path / "packed", "q4", name=name, adapter=alias.path), threads=1)
+    session, read = model.session(), []
+    for token in model.tokenizer.encode("The capital of France is Paris, a city of museums, bridges and long dinners."):
+        session.feed([token])
+        read.append(model.engine.neurons_read()[:, 1].mean() / model.config.intermediate_size)
+    assert np.mean(read) < 0.4, "it fires less"
+    assert "Paris" in model.generate("The capital of France is", max_tokens=8).text
