@@ -7,6 +7,7 @@ nothing changes at first. There is no factor alpha / r: the learning rate does w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ def add_biases(network: Network) -> None:
             linear = getattr(layer, name)
             if linear is not None and linear.bias is None:
                 linear.bias = nn.Parameter(linear.weight.new_zeros(linear.weight.shape[0]))
+    network.config = replace(network.config, ffn_bias=True)
 
 
 def choose(network: Network, rank: int, seed: int, projections: Sequence[str] = PROJECTIONS) -> None:

@@ -82,8 +82,6 @@ class Relufy(Method):
         if stage == 2:
             for layer in network.layers:
                 layer.norm_activation = nn.ReLU()
-        if network.layers[0].gate.bias is not None:
-            self._config["ffn_bias"] = True
         if self._late:
             self._cuts.set(0.0)
         elif rise is not None:
