@@ -30,7 +30,10 @@ from perf.sample import openings
 PACKAGES = {
     "anarchism": "usr/share/doc/anarchism/html/*.html",
     "debian-handbook": "usr/share/doc/debian-handbook/html/en-US/*.html",
+    "git-doc": "usr/share/doc/git-doc/*.html",
     "jargon-text": "usr/share/doc/jargon-text/*.txt.gz",
+    "postgresql-doc-15": "usr/share/doc/postgresql-doc-15/html/*.html",
+    "rust-doc": "usr/share/doc/rust-doc/html/reference/*.html",
 }
 _BLOCKS = {"p", "div", "h1", "h2", "h3", "h4", "h5", "li", "tr", "br", "pre", "dt", "dd", "blockquote", "table", "ul"}
 _SKIPPED = {"head", "script", "style"}

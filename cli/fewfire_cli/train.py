@@ -20,6 +20,7 @@ from fewfire_cli.progress import ProgressBar
 @click.option("--tokens", default=1_000_000, show_default=True, help="How many to train on.")
 @click.option("--sparsity", type=float, help="Share of the neurons to be zero.  [default: 0.8, or what ReLU has]")
 @click.option("--rank", default=0, show_default=True, help="Of the updates; 0: all weights of the FFNs move.")
+@click.option("--down", is_flag=True, help="Of the matrices only down moves: gate and up stay as they are quantised.")
 @click.option("--adapter", default=0, help="Also write a full update as an adapter of this rank.")
 @click.option("--rate", type=float, help="Learning rate.  [default: 1e-4, or 1e-3 with a rank]")
 @click.option("--window", default=512, show_default=True, help="Tokens of a window.")

@@ -37,9 +37,9 @@ ADAPTER = "adapter.safetensors"
 _COPIED = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
 
 
-def new_config(checkpoint: Checkpoint, result: Result) -> ModelConfig:
+def new_config(network: Network, result: Result) -> ModelConfig:
     """The configuration of the trained model."""
-    return replace(checkpoint.config, **result.config)
+    return replace(network.config, **result.config)
 
 
 def tensors(network: Network, config: ModelConfig, result: Result) -> dict[str, np.ndarray]:
@@ -55,7 +55,7 @@ def write(network: Network, checkpoint: Checkpoint, result: Result, out: Path, c
     Raises `FewfireError`.
     """
     merge(network)
-    config = new_config(checkpoint, result)
+    config = new_config(network, result)
     family = FAMILIES[config.architecture]
     data = hf_config(checkpoint, config)
     stored = {canonical_to(family.names, k): _stored(family, k, v) for k, v in tensors(network, config, result).items()}
@@ -124,7 +124,7 @@ def write_adapter(
         at = f"layers.{number}."
         for name in PROJECTIONS:
             part = getattr(layer, name)
-            if part is None:
+            if part is None or not any(p.requires_grad for p in part.parameters() if p.ndim > 1):
                 continue
             if isinstance(part, LowRank):
                 found[f"{at}{name}.A"], found[f"{at}{name}.B"] = part.A, part.B
@@ -134,7 +134,8 @@ def write_adapter(
         for name, value in layer.named_parameters():
             if value.requires_grad and value.ndim == 1:
                 found[at + name] = value
-    changes = {k: v for k, v in result.config.items() if getattr(checkpoint.config, k) != v}
+    config = new_config(network, result)
+    changes = {k: getattr(config, k) for k in adapter.CHANGES if getattr(config, k) != getattr(checkpoint.config, k)}
     arrays = {name: _array(value) for name, value in found.items()}
     adapter.save(path, checkpoint, arrays, base=base, method=method, config=changes, about=about)
 

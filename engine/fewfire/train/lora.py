@@ -7,6 +7,7 @@ nothing changes at first. There is no factor alpha / r: the learning rate does w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,19 @@ class LowRank(nn.Module):
         return linear
 
 
+def add_biases(network: Network) -> None:
+    """Gives the FFNs' projections biases of zero where a model has none."""
+    for layer in network.layers:
+        for name in PROJECTIONS:
+            linear = getattr(layer, name)
+            if linear is not None and linear.bias is None:
+                linear.bias = nn.Parameter(linear.weight.new_zeros(linear.weight.shape[0]))
+    network.config = replace(network.config, ffn_bias=True)
+
+
 def choose(network: Network, rank: int, seed: int, projections: Sequence[str] = PROJECTIONS) -> None:
-    """Lets the layers' projections move, all of them (rank 0) or by a low-rank update, their biases, routers and norms.
+    """Lets some projections of the layers move, as a whole (rank 0) or by a low-rank update, all biases of the FFNs,
+    routers and norms.
 
     Raises `ValueError` for a rank that would save nothing.
     """
@@ -50,13 +62,13 @@ def choose(network: Network, rank: int, seed: int, projections: Sequence[str] = 
     network.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for layer in network.layers:
-        for name in projections:
+        for name in PROJECTIONS:
             linear = getattr(layer, name)
             if linear is None:
                 continue
             linear.requires_grad_(True)
-            if rank:
-                linear.weight.requires_grad_(False)
+            linear.weight.requires_grad_(name in projections and not rank)
+            if rank and name in projections:
                 setattr(layer, name, LowRank(linear, rank, generator))
         layer.activation.requires_grad_(True)  # routers
         for name in NORMS:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fewfire.config import THRESHOLDED, Activation
+from fewfire.train.lora import add_biases
 from fewfire.train.losses import l1, rising
 from fewfire.train.method import Method, Result
 from fewfire.train.network import LayerState, Network
@@ -38,11 +39,8 @@ def thresholded(kind: Activation) -> Activation:
 
 def shift(network: Network, by: float) -> None:
     """Adds -by to the biases of all gates, and biases of zero where a model has none."""
+    add_biases(network)
     for layer in network.layers:
-        for name in ("gate", "up", "down"):
-            linear = getattr(layer, name)
-            if linear is not None and linear.bias is None:
-                linear.bias = nn.Parameter(linear.weight.new_zeros(linear.weight.shape[0]))
         with torch.no_grad():
             layer.gate.bias -= by
 
@@ -84,8 +82,6 @@ class Relufy(Method):
         if stage == 2:
             for layer in network.layers:
                 layer.norm_activation = nn.ReLU()
-        if kind == "shifted":
-            self._config["ffn_bias"] = True
         if self._late:
             self._cuts.set(0.0)
         elif rise is not None:

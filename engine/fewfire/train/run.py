@@ -43,6 +43,7 @@ class Options:
     tokens: int = 1_000_000
     sparsity: float | None = None  # None: 0.8, or what ReLU has by itself
     rank: int = 0  # of the updates; 0: all weights of the projections move
+    down: bool = False  # whether of the projections only down moves, besides biases, which a model gets for it
     adapter: int = 0  # of a full update, to which rank it is written as an adapter besides; 0: it is not
     rate: float | None = None  # None: 1e-4, or 1e-3 for low-rank updates
     window: int = 512
@@ -159,10 +160,12 @@ def train(
     key = f"{fingerprint(path)}-{corpus.key()}-{TOP}"
     teacher = TeacherCache(cache_dir() / "teachers" / key, original, corpus.windows, TOP, key)
     steps = max(1, options.tokens // (options.batch * corpus.windows.shape[1]))
+    if options.down:
+        lora.add_biases(network)
     recipe = RECIPES[method](Setup(network, corpus, options, steps))
     if options.layerwise:
         recipe = Layerwise(recipe, original, options.layerwise)
-    lora.choose(network, options.rank, options.seed)
+    lora.choose(network, options.rank, options.seed, ("down",) if options.down else lora.PROJECTIONS)
     plan = Plan(
         steps=steps,
         rate=options.rate or (1e-3 if options.rank else 1e-4),

@@ -170,6 +170,30 @@ def test_a_full_update_at_a_low_rank_is_near(checkpoint: Callable[[str], Checkpo
     assert errors[0] > errors[1] > errors[2] > 0
 
 
+def test_what_has_not_moved_is_not_in_an_adapter(checkpoint: Callable[[str], Checkpoint], tmp_path: Path) -> None:
+    """Rows of gate and up are then quantised as the original's are, bit for bit."""
+    opened, path = checkpoint("llama"), tmp_path / "adapter.safetensors"
+    network = Network.from_checkpoint(opened)
+    lora.add_biases(network)
+    lora.choose(network, 3, 0, ("down",))
+    with torch.no_grad():
+        for _, parameter in lora.trainable(network):
+            parameter += 0.01 * torch.randn(parameter.shape)
+            parameter.copy_(parameter.half().float())
+    wanted = logits(network, IDS)
+    export.write_adapter(network, opened, Result(), path, 3, base="tiny", method="plain", about={})
+    adapted = Adapted(opened, open_adapter(path))
+    names = {name.split(".", 2)[2] for name in open_adapter(path).entries}
+    norms = {"attn_norm.weight", "ffn_norm.weight"}
+    assert names == {"down.A", "down.B", "gate.bias", "up.bias", "down.bias"} | norms
+    assert np.abs(logits(Network.from_checkpoint(adapted), IDS) - wanted).max() < CLOSE
+    for part in ("gate", "up"):
+        name = f"layers.1.{part}.weight"
+        assert np.array_equal(adapted.read(name), opened.read(name))
+    export.write(network, opened, Result(), tmp_path / "out")
+    assert adapted.config == open_checkpoint(tmp_path / "out").config
+
+
 def test_no_adapter_for_a_selection(checkpoint: Callable[[str], Checkpoint], tmp_path: Path) -> None:
     network, result = trained(checkpoint("llama"), "topk", 3)
     with pytest.raises(ValueError, match="an adapter cannot hold"):

@@ -35,7 +35,7 @@ def test_what_moves(network: Callable[[str], Network], rank: int) -> None:
     lora.choose(net, rank, 0, ("gate", "down"))
     weights = ("A", "B") if rank else ("weight",)
     per_layer = {f"{part}.{w}" for part in ("gate", "down") for w in (*weights, "bias")}
-    per_layer |= {"attn_norm.weight", "ffn_norm.weight"}
+    per_layer |= {"up.bias", "attn_norm.weight", "ffn_norm.weight"}
     found = {name for name, _ in lora.trainable(net)}
     assert found == {f"layers.{i}.{name}" for i in range(net.config.num_hidden_layers) for name in per_layer}
 
@@ -66,3 +66,16 @@ def test_a_full_update_cut_to_a_rank() -> None:
 def test_impossible_ranks(network: Callable[[str], Network], rank: int) -> None:
     with pytest.raises(ValueError, match="rank must be"):
         lora.choose(network("llama"), rank, 0)
+
+
+def test_biases_that_are_added_change_nothing_yet(network: Callable[[str], Network]) -> None:
+    net = network("llama")
+    with torch.no_grad():
+        before = net(IDS)
+        lora.add_biases(net)
+        assert torch.equal(net(IDS), before)
+        assert net.config.ffn_bias
+        for layer in net.layers:
+            assert {layer.gate.bias.shape, layer.up.bias.shape} == {(net.config.intermediate_size,)}
+            layer.gate.bias += 1
+        assert (net(IDS) - before).abs().max() > 0.1
