@@ -154,6 +154,19 @@ def test_dear_rows_count_where_two_kinds_meet(packed: Packed) -> None:
             assert cost == pytest.approx(wanted + 10 * gated + 20 * fewer)
 
 
+@pytest.mark.parametrize(("other", "share"), [("gate", 0.5), ("lowrank", 0.5), ("ffn", 1.0)])
+def test_what_two_tests_drop_is_not_lost_twice(packed: Packed, other: str, share: float) -> None:
+    """Of the lesser damage half counts, but all of it beside columns, which are no test of neurons."""
+    found = fits(packed, other, "down")
+    found["down"] = [{**fit, "errors": fit["errors"] / 20} for fit in found["down"]]  # else it is worth nothing
+    for layer, choice in enumerate(choices(packed, found, weights(packed, other, "down"), in_bytes(packed, found))):
+        for damage, s in zip(choice.damage, choice.settings, strict=True):
+            both = np.array([np.interp(s[k], fit[0]["densities"], fit[0]["errors"]) for k, fit in found.items()])
+            assert damage == pytest.approx((1 + layer) * (both.max() + share * both.min()))
+        if packed.config.gated:  # else both are about the same rows
+            assert any(s[other] < 1 and s["down"] < 1 for s in choice.settings)
+
+
 def test_zeros_cost_nothing_at_any_density(packed: Packed) -> None:
     """Where a share of neurons is exactly zero, a predictor that keeps more than fires reads no more of up and down."""
     c, of = packed.config, packed.formats
