@@ -10,9 +10,10 @@ for among its own tokens. A logit is the same bits in whatever chunk it is compu
 """
 
 import numpy as np
+from numba import types
 
 from fewfire.kernels.axpy import BLOCK
-from fewfire.kernels.compile import ZERO, inline, step
+from fewfire.kernels.compile import ZERO, inline, primitive, step
 from fewfire.kernels.gather import SOON
 from fewfire.kernels.layer import all_rows, pad, quantize, row_chunks
 from fewfire.kernels.simd import (
@@ -30,6 +31,7 @@ from fewfire.kernels.simd import (
     store_i64,
 )
 from fewfire.kernels.team import REGIONS, advance, finish, take, wait
+from fewfire.kernels.work import A_PHASE, THE_MODEL, THE_WORK
 
 _HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
 _CHUNKS = 16  # that the vocabulary is shared out in, for each thread
@@ -110,7 +112,7 @@ def all_logits(model, team, phase, thread, work, logits):
     wait(team, phase)
 
 
-@step
+@primitive(THE_MODEL, *A_PHASE, THE_WORK, types.int64)
 def screened_logits(model, team, phase, thread, work, logits):
     """Logits `(vocab,)` of the final hidden state through the screen; leaves how many were exact in `work.exact`."""
     chunks = row_chunks(team)
