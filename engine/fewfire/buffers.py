@@ -9,10 +9,10 @@ from fewfire.config import ModelConfig
 from fewfire.kernels.attention import RANGE, SCORES
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.columns import COLUMN_CHUNKS, longest_list
-from fewfire.kernels.decode import WORK
 from fewfire.kernels.head import HEAD_CHUNKS, LIST
 from fewfire.kernels.prefill import BATCH, ROWS
 from fewfire.kernels.select import NEURON_CHUNKS, longest_chunk
+from fewfire.kernels.work import WORK
 from fewfire.quantize import padded
 from fewfire.selectors.selection import COLUMNS, Selection, column_shape
 

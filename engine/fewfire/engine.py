@@ -21,13 +21,13 @@ from fewfire.kernels.dense import TOKENS
 from fewfire.kernels.gather import SOON
 from fewfire.kernels.layer import CACHE, MODEL
 from fewfire.kernels.prefill import ROWS, prefill
-from fewfire.kernels.select import leave_out
 from fewfire.layers import layer_records
-from fewfire.packed import Formats, Packed
+from fewfire.packed import Packed
 from fewfire.progress import Progress, silent
 from fewfire.quantize import padded, row_bytes
 from fewfire.selectors.parts import fitting
 from fewfire.selectors.selection import COLUMNS, Screen, Selection, column_shape
+from fewfire.selectors.steps import steps
 from fewfire.team import Team
 from fewfire.traffic import Traffic
 
@@ -89,11 +89,9 @@ class Engine:
         # Cached keys and values are as exact as the weights deserve.
         self._cache_format = "f32" if packed.weights in ("f32", "bf16") else "f16"
         self._cell = head_width(packed.config) * (4 if self._cache_format == "f32" else 2)
-        self._primitives = _primitives(packed.formats, self._cache_format, group % attention.QUERIES)
-        needed = [*self._primitives.values(), decode, prefill]
-        _compile([*needed, leave_out] if selection and selection.trained else needed, progress)
+        self._primitives = _primitives(packed, self._cache_format, group % attention.QUERIES)
         self._packed = packed  # owns the mapped weights
-        self._use(selection, dense, 0)
+        self._use(selection, dense, 0, progress)
 
     @property
     def threads(self) -> int:
@@ -127,13 +125,15 @@ class Engine:
             return self._selection.method
         return "exact" if self.config.hidden_act in EXACT_ZEROS and not self._dense else "dense"
 
-    def _use(self, selection: Selection | None, dense: bool, positions: int) -> None:
-        """Makes the records and the buffers for a selection."""
+    def _use(self, selection: Selection | None, dense: bool, positions: int, progress: Progress = silent) -> None:
+        """Makes the records and the buffers for a selection, and compiles what is not yet there."""
         selection = fitting(self._packed, selection) if selection else None
-        self._layers = layer_records(self._packed, selection, dense)
-        self._model = _model(self._packed, self._primitives, self._cell, selection.screen if selection else None)
-        if selection and selection.trained:
-            self._model.number(leave_out=leave_out.address)
+        layers = layer_records(self._packed, selection, dense)
+        screen = selection.screen if selection and selection.screen and selection.screen.margin < np.inf else None
+        called = steps(layers.record, screen is not None, selection is not None and selection.trained)
+        primitives = self._primitives | called
+        _compile([*primitives.values(), decode, prefill], progress)  # may be interrupted: nothing is changed yet
+        self._layers, self._model = layers, _model(self._packed, primitives, self._cell, screen)
         self._selection, self._dense = selection, dense
         self._work = Workspace(self.config, self.threads, positions, selection)
         self._batch = Batch(self.config, self.threads, TOKENS, selection)
@@ -203,11 +203,12 @@ class Engine:
 _QUANTIZERS = {"q4": pointwise.quantize_q4, "q8": pointwise.quantize_q8}
 
 
-def _primitives(of: Formats, cache: str, rest: int) -> dict[str, Primitive]:
+def _primitives(packed: Packed, cache: str, rest: int) -> dict[str, Primitive]:
     """The primitives for a model's number formats, by their fields in the model's record.
 
     `rest` is how many heads of a group are left if they meet the cache four at a time.
     """
+    of = packed.formats
     primitives = {
         "gather_dot": getattr(gather, f"gather_dot_{of.rows}"),
         "gather_axpy": getattr(axpy, f"gather_axpy_{of.down}"),
@@ -223,8 +224,10 @@ def _primitives(of: Formats, cache: str, rest: int) -> dict[str, Primitive]:
     }
     if rest:
         primitives["attend_rest"] = getattr(attention, f"attend_{cache}_{rest}")
-    for name in ("rms_norm", "layer_norm", "rotate", "activate"):
+    for name in ("rms_norm", "rotate", "activate"):
         primitives[name] = getattr(pointwise, name)
+    if any(name.endswith("norm_bias") for name in packed.arrays):
+        primitives["layer_norm"] = pointwise.layer_norm
     for name, weights in (("quantize", of.rows), ("table_quantize", of.table)):
         if weights in _QUANTIZERS:
             primitives[name] = _QUANTIZERS[weights]
@@ -276,7 +279,7 @@ def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int, scree
     if c.rope:
         kinds = [rope.inverse_frequencies(c.head_dim) for rope in (c.rope, c.rope_local or c.rope)]
         model.point("frequencies", np.stack(kinds))
-    if screen and screen.margin < np.inf:
+    if screen:
         for name, array in (("screen", screen.rows), ("screen_basis", screen.basis), ("screen_bias", screen.bias)):
             model.point(name, array)
         model.number(screen_rank=screen.rank, screen_stride=screen.rows.strides[0])

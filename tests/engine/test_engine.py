@@ -78,6 +78,7 @@ def test_what_an_interrupted_call_reads_is_kept_for_late_workers(
             raise KeyboardInterrupt
         kernel(*arguments)
 
+    interrupted.cached = True  # type: ignore[attr-defined]  # as the kernel that it stands in for
     monkeypatch.setattr(engine, call, interrupted)
     session = model.session()
     with pytest.raises(KeyboardInterrupt):

@@ -6,9 +6,10 @@ own; whoever finishes last adds up the chunks' ys in their order.
 """
 
 import numpy as np
+from numba import types
 
 from fewfire.kernels.axpy import BLOCK
-from fewfire.kernels.compile import inline, step
+from fewfire.kernels.compile import inline, primitive
 from fewfire.kernels.gather import VALUES
 from fewfire.kernels.layer import add_to, pad
 from fewfire.kernels.simd import (
@@ -22,7 +23,10 @@ from fewfire.kernels.simd import (
     store_i32,
     store_i64,
 )
+from fewfire.kernels.team import advance, finish, take, wait
+from fewfire.kernels.work import A_LAYER, A_PHASE, THE_MODEL, THE_WORK
 
+_I = types.int64
 COLUMN_CHUNKS = 8  # a fixed number, because it decides the order of additions
 # A chunk gets so many neighbouring inputs, then those COLUMN_CHUNKS runs further on: near enough to share pages, and no
 # chunk gets all of an attention head whose outputs are large.
@@ -40,7 +44,7 @@ def _count(work, layer, projection, chunk, size):
     store_i64(work.projected + 8 * ((3 * layer + projection) * COLUMN_CHUNKS + chunk), size)
 
 
-@step
+@inline
 def _list_over(values, least, inputs, chunk, ids, factors):
     """Lists the chunk's inputs whose |value| is over their threshold, and the values; returns how many.
 
@@ -56,7 +60,7 @@ def _list_over(values, least, inputs, chunk, ids, factors):
     return size
 
 
-@step
+@primitive(THE_MODEL, THE_WORK, *[_I] * 11)
 def column_chunk(model, work, thread, layer, projection, chunk, columns, stride, least, x, inputs, outputs, out):
     """Adds up a chunk of the columns of a projection of x, and counts their bytes.
 
@@ -76,7 +80,7 @@ def column_chunk(model, work, thread, layer, projection, chunk, columns, stride,
     _count(work, layer, projection, chunk, size * stride)
 
 
-@step
+@primitive(THE_WORK, _I, _I)
 def join_chunks(work, outputs, out):
     """out[:outputs] += what all chunks but the first have added up."""
     width = (outputs + 63) // 64 * 64
@@ -84,8 +88,8 @@ def join_chunks(work, outputs, out):
         add_to(out, work.partial + 4 * chunk * width, outputs)
 
 
-@step
-def settle_gates(model, weights, work):
+@inline
+def _settle_gates(model, weights, work):
     """From all gate and up rows times x, in `work.gates`, to `work.gates` activated and `work.ups`, with the biases."""
     size, n = 4 * model.neurons, model.neurons
     if model.gated:
@@ -96,3 +100,20 @@ def settle_gates(model, weights, work):
             call(model.activate, (model.activation, work.ups, n, weights.act_threshold, model.every, n))
     add_to(work.gates, weights.gate_bias, n)
     call(model.activate, (model.activation, work.gates, n, weights.act_threshold, model.every, n))
+
+
+@primitive(THE_MODEL, *A_PHASE, A_LAYER, THE_WORK, _I, result=_I)
+def all_gates(model, team, phase, thread, weights, work, layer):
+    """The phase of gate and up of all neurons, by columns. Returns the next phase."""
+    outputs = model.neurons * (2 if model.gated else 1)
+    while True:
+        chunk = take(team, phase, thread, COLUMN_CHUNKS)
+        if chunk < 0:
+            break
+        columns = weights.ffn_columns, model.ffn_column, weights.ffn_least, work.x, model.hidden, outputs, work.gates
+        call(model.column_chunk, (model, work, thread, layer, FFN, chunk, *columns))
+        if finish(team, COLUMN_CHUNKS):
+            call(model.join_chunks, (work, outputs, work.gates))
+            _settle_gates(model, weights, work)
+            advance(team, phase)
+    return wait(team, phase)

@@ -85,16 +85,16 @@ def step(function: Callable[..., Any]) -> Any:
 class Compiled:
     """A function that is compiled on first use, or taken from the disk cache."""
 
-    def __init__(self, function: Callable[..., None], *arguments: types.Type) -> None:
+    def __init__(self, function: Callable[..., Any], *arguments: types.Type, result: types.Type = types.void) -> None:
         self.__doc__ = function.__doc__
         self.__name__ = function.__name__
-        self._function, self._signature = function, types.void(*arguments)
+        self._function, self._signature = function, result(*arguments)
         self._made: Any = None
 
     @property
     def cached(self) -> bool:
-        """Whether an earlier process has left the machine code on disk."""
-        return any(self._files())
+        """Whether it is compiled: in this process, or by an earlier one that has left the machine code on disk."""
+        return self._made is not None or any(self._files())
 
     def _files(self) -> Iterator[Path]:
         return CACHE_DIR.rglob(f"*.{self.__name__}-*.nb[ci]")
@@ -133,11 +133,12 @@ class Kernel(Compiled):
 
 
 class Primitive(Compiled):
-    """A compiled function that kernels call by its address (`simd.call`).
+    """A compiled function that kernels call by its address (`simd.call`, or `simd.ask` if it has a result).
 
     Numba compiles the code of a called function again with each caller, and Python functions as arguments defeat its
     disk cache. So what is large or differs between number formats is compiled once, and the kernels that orchestrate it
-    know only addresses: they are the same machine code for every format.
+    know only addresses: they are the same machine code for every format. Nor is what few models need compiled with the
+    kernels for all: its address is 0 where it is not called.
     """
 
     def _compile(self, cache: bool) -> Any:
@@ -158,11 +159,16 @@ def kernel(*arguments: types.Type) -> Callable[[Callable[..., None]], Kernel]:
     return lambda function: Kernel(function, *arguments)
 
 
-def primitive(*arguments: types.Type) -> Callable[[Callable[..., None]], Primitive]:
-    """Makes a `Primitive` of a function with these argument types and no result. Addresses are int64."""
-    return lambda function: Primitive(function, *arguments)
+def primitive(*arguments: types.Type, result: types.Type = types.void) -> Callable[[Callable[..., Any]], Primitive]:
+    """Makes a `Primitive` of a function with these argument types and result. Addresses are int64."""
+    return lambda function: Primitive(function, *arguments, result=result)
 
 
 def records(dtype: np.dtype) -> types.Type:
     """The type of an array of records."""
     return numba.typeof(np.zeros(1, dtype))
+
+
+def one(dtype: np.dtype) -> types.Type:
+    """The type of a record in such an array."""
+    return records(dtype).dtype

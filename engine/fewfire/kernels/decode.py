@@ -2,7 +2,8 @@
 
 A layer is four phases (see `team.py`): q, k and v; attention, where a chunk is all queries of one cached head over a
 range of positions; o; neurons, before which some selectors have a phase of their own (see `select.py`). Projections are
-read by rows, or by columns if some of these are to be left out (see `columns.py`). The serial step that follows each
+read by rows, or by columns if some of these are to be left out (see `columns.py`). What only selectors need are
+primitives, compiled when a selection asks for them (see `selectors/steps.py`). The serial step that follows each
 phase is small and done by whoever finished last. In the last phase a chunk of neurons goes through select, gather and
 scatter on its own (see `neurons.py`). The sums of chunks are added in a fixed order, as are the ranges' parts. So the
 result is the same bits for any number of threads.
@@ -11,9 +12,9 @@ result is the same bits for any number of threads.
 from numba import types
 
 from fewfire.kernels.attention import RANGE
-from fewfire.kernels.columns import COLUMN_CHUNKS, FFN, OUT, QKV, column_chunk, join_chunks, settle_gates
+from fewfire.kernels.columns import COLUMN_CHUNKS, OUT, QKV
 from fewfire.kernels.compile import ONE, ZERO, inline, kernel, records, step
-from fewfire.kernels.head import all_logits, screened_logits
+from fewfire.kernels.head import all_logits
 from fewfire.kernels.layer import (
     CACHE,
     LAYER,
@@ -28,37 +29,16 @@ from fewfire.kernels.layer import (
     part_size,
     place_heads,
     quantize,
-    record,
     row_chunks,
     set_rope,
 )
 from fewfire.kernels.neurons import neuron_chunk
-from fewfire.kernels.select import NEURON_CHUNKS, find_top, reduce
-from fewfire.kernels.simd import call
+from fewfire.kernels.select import NEURON_CHUNKS
+from fewfire.kernels.simd import ask, call
 from fewfire.kernels.team import advance, finish, take, wait
+from fewfire.kernels.work import WORK
 
 _I = types.int64
-
-# Buffers of one token, float32 unless said: descriptors of `x` (hidden,) and `attended`, whose values are `joined`
-# (heads * head_dim,); the residual stream `hidden` and what a block adds to it, `delta`; `query` (heads, head_width),
-# `key` (head_width,); `parts` of the heads' attention, the ranges of one head so many bytes after those of the one
-# before; `partial` sums of chunks, (NEURON_CHUNKS, width) or (COLUMN_CHUNKS, outputs padded); `cos` and `sin`
-# (2, rope_half) of the RoPE angles. Each thread has `scores` (scratch of attention), `ids` int32, `gate` and `up`
-# (longest,) of a chunk of neurons, `block` (4, BLOCK) of those that are scattered together, `factors` (scratch of
-# gather_axpy). For selectors: the descriptor of `hint`, whose values are `hint_values` (rank,), of a predictor; `gates`
-# and `ups` (neurons,) where they are there before the neurons' phase (`gates` has room for the columns' sums, all gate
-# rows and then all up rows), and `least`, which the largest gates are over, and at last the logits of candidates. For a
-# screened head (see `head.py`) the descriptor of `reduced`, whose values are `screened` (screen_rank,); of each of its
-# HEAD_CHUNKS the `largest` logit and the `totals` of exp(logit - largest); of each thread `candidates` int32 (LIST,)
-# and their `values`. What was read is counted, int64: gate, up and down rows in `read` (layers, NEURON_CHUNKS, 3);
-# bytes of the columns of qkv, of o, and of gate with up in `projected` (layers, 3, COLUMN_CHUNKS); rows of the head in
-# `exact` (HEAD_CHUNKS,).
-WORK = record("""
-    x attended joined hidden delta qkv query key parts parts_stride scores scores_stride partial cos sin
-    ids gate up longest block factors factors_stride read
-    hint hint_values gates ups least projected
-    reduced screened largest totals exact candidates values
-""")
 
 
 @step
@@ -73,30 +53,24 @@ def _begin(model, team, phase, thread, weights, work, token, position):
     return wait(team, phase)
 
 
-@inline
-def _piece(model, team, work, thread, layer, projection, chunk, chunks, columns, matrix, x, inputs, outputs, out):
-    """A chunk of a projection of x: of its columns if it is read by them, else of its rows."""
-    if columns[0] != 0:
-        column_chunk(model, work, thread, layer, projection, chunk, *columns, x, inputs, outputs, out)
-    else:
-        all_rows(model, team, model.gather_dot, *matrix, outputs, chunk, chunks, x, out)
-
-
 @step
 def _project(model, team, phase, thread, weights, work, cache, layer, position):
     """q, k and v."""
-    columns, matrix = (weights.qkv_columns, model.qkv_column, weights.qkv_least), (weights.qkv, model.qkv_stride)
     rows = (model.heads + 2 * model.kv_heads) * model.head_dim
-    chunks = row_chunks(team) if columns[0] == 0 else COLUMN_CHUNKS
+    chunks = row_chunks(team) if weights.qkv_columns == 0 else COLUMN_CHUNKS
     while True:
         chunk = take(team, phase, thread, chunks)
         if chunk < 0:
             break
-        sizes = model.hidden, rows
-        _piece(model, team, work, thread, layer, QKV, chunk, chunks, columns, matrix, work.x, *sizes, work.qkv)
+        if weights.qkv_columns != 0:
+            columns = weights.qkv_columns, model.qkv_column, weights.qkv_least, work.x, model.hidden, rows, work.qkv
+            call(model.column_chunk, (model, work, thread, layer, QKV, chunk, *columns))
+        else:
+            matrix = weights.qkv, model.qkv_stride, rows
+            all_rows(model, team, model.gather_dot, *matrix, chunk, chunks, work.x, work.qkv)
         if finish(team, chunks):
-            if columns[0] != 0:
-                join_chunks(work, rows, work.qkv)
+            if weights.qkv_columns != 0:
+                call(model.join_chunks, (work, rows, work.qkv))
             add_to(work.qkv, weights.qkv_bias, rows)
             place_heads(model, weights, cache, layer, position, work.qkv, work.cos, work.sin, work.query, work.key)
             advance(team, phase)
@@ -137,36 +111,23 @@ def _attend(model, team, phase, thread, weights, work, cache, layer, position):
 @step
 def _put_out(model, team, phase, thread, weights, work, layer):
     """o, the end of the attention block; then the FFN's input."""
-    columns, matrix = (weights.o_columns, model.o_column, weights.o_least), (weights.o, model.o_stride)
-    chunks = row_chunks(team) if columns[0] == 0 else COLUMN_CHUNKS
+    chunks = row_chunks(team) if weights.o_columns == 0 else COLUMN_CHUNKS
     while True:
         chunk = take(team, phase, thread, chunks)
         if chunk < 0:
             break
-        sizes = model.heads * model.head_dim, model.hidden
-        _piece(model, team, work, thread, layer, OUT, chunk, chunks, columns, matrix, work.attended, *sizes, work.delta)
+        if weights.o_columns != 0:
+            columns = weights.o_columns, model.o_column, weights.o_least, work.attended
+            sizes = model.heads * model.head_dim, model.hidden
+            call(model.column_chunk, (model, work, thread, layer, OUT, chunk, *columns, *sizes, work.delta))
+        else:
+            matrix = weights.o, model.o_stride, model.hidden
+            all_rows(model, team, model.gather_dot, *matrix, chunk, chunks, work.attended, work.delta)
         if finish(team, chunks):
-            if columns[0] != 0:
-                join_chunks(work, model.hidden, work.delta)
+            if weights.o_columns != 0:
+                call(model.join_chunks, (work, model.hidden, work.delta))
             add_block(model, work.hidden, work.delta, weights.o_bias, weights.attn_post_norm)
             next_input(model, weights.ffn_norm, weights.ffn_norm_bias, work.hidden, work.x, ZERO, model.quantize)
-            advance(team, phase)
-    return wait(team, phase)
-
-
-@step
-def _all_gates(model, team, phase, thread, weights, work, layer):
-    """Gate and up of all neurons, by columns."""
-    outputs = model.neurons * (2 if model.gated else 1)
-    while True:
-        chunk = take(team, phase, thread, COLUMN_CHUNKS)
-        if chunk < 0:
-            break
-        columns = weights.ffn_columns, model.ffn_column, weights.ffn_least
-        column_chunk(model, work, thread, layer, FFN, chunk, *columns, work.x, model.hidden, outputs, work.gates)
-        if finish(team, COLUMN_CHUNKS):
-            join_chunks(work, outputs, work.gates)
-            settle_gates(model, weights, work)
             advance(team, phase)
     return wait(team, phase)
 
@@ -175,13 +136,13 @@ def _all_gates(model, team, phase, thread, weights, work, layer):
 def _fire(model, team, phase, thread, layers, work, cache, layer):
     """The neurons, the end of the FFN block; then the next layer's input, or the head's."""
     weights, x, hidden = layers[layer], work.x, work.hidden
-    kept = cache.kept + layer * model.neurons if cache.kept != 0 else ZERO
+    kept, chunks = cache.kept + layer * model.neurons if cache.kept != 0 else ZERO, ZERO + NEURON_CHUNKS
     while True:
-        chunk = take(team, phase, thread, NEURON_CHUNKS)
+        chunk = take(team, phase, thread, chunks)
         if chunk < 0:
             break
         neuron_chunk(model, weights, work, layer, thread, chunk, kept)
-        if finish(team, NEURON_CHUNKS):
+        if finish(team, chunks):
             for part in range(1, NEURON_CHUNKS):
                 add_to(work.partial, work.partial + 4 * part * model.width, model.hidden)
             add_block(model, hidden, work.partial, weights.down_bias, weights.ffn_post_norm)
@@ -208,13 +169,13 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
         phase = _attend(model, team, phase, thread, weights, work, cache, layer, position)
         phase = _put_out(model, team, phase, thread, weights, work, layer)
         if weights.basis != 0:
-            phase = reduce(model, team, phase, thread, weights, work)
+            phase = ask(model.reduce, (model, team, phase, thread, weights, work))
         if weights.top >= 0:
-            phase = find_top(model, team, phase, thread, weights, work)
+            phase = ask(model.find_top, (model, team, phase, thread, weights, work))
         if weights.ffn_columns != 0:
-            phase = _all_gates(model, team, phase, thread, weights, work, layer)
+            phase = ask(model.all_gates, (model, team, phase, thread, weights, work, layer))
         phase = _fire(model, team, phase, thread, layers, work, cache, layer)
     if model.screen != 0:
-        screened_logits(model, team, phase, thread, work, logits)
+        call(model.screened_logits, (model, team, phase, thread, work, logits))
     else:
         all_logits(model, team, phase, thread, work, logits)

@@ -13,9 +13,10 @@ are all results.
 import math
 
 import numpy as np
+from numba import types
 
 from fewfire.kernels.axpy import BLOCK
-from fewfire.kernels.compile import ZERO, inline, step
+from fewfire.kernels.compile import ZERO, inline, primitive, step
 from fewfire.kernels.gather import SOON
 from fewfire.kernels.layer import all_rows, pad, quantize, row_chunks
 from fewfire.kernels.pointwise import exp
@@ -36,6 +37,7 @@ from fewfire.kernels.simd import (
     sum_lanes,
 )
 from fewfire.kernels.team import advance, finish, take, wait
+from fewfire.kernels.work import A_PHASE, THE_MODEL, THE_WORK
 
 _HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
 HEAD_CHUNKS = 32  # that the screened vocabulary is shared out in: a fixed number, which decides the order of additions
@@ -127,7 +129,7 @@ def all_logits(model, team, phase, thread, work, logits):
     wait(team, phase)
 
 
-@step
+@primitive(THE_MODEL, *A_PHASE, THE_WORK, types.int64)
 def screened_logits(model, team, phase, thread, work, logits):
     """Logits `(vocab,)` of the final hidden state through the screen; leaves how many were exact in `work.exact`."""
     chunks = row_chunks(team)

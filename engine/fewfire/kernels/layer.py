@@ -36,12 +36,14 @@ def record(integers: str, floats: str = "") -> np.dtype:
 
 
 # Primitives for the model's number formats; "table" is the embedding and the head, which may have another format. The
-# quantizers are 0 for f32 and bf16 rows, `leave_out` where prefill leaves out nothing. `attend` takes four queries,
-# `attend_rest` the heads of a group that are left.
+# quantizers are 0 for f32 and bf16 rows, `layer_norm` where no norm has a bias. `attend` takes four queries,
+# `attend_rest` the heads of a group that are left. Steps that only some selections need are 0 where nothing in the
+# records asks for them (see `selectors/steps.py`).
 _PRIMITIVES = """
     gather_dot gather_axpy dot_tokens down_strip table_dot table_tokens table_row
-    attend attend_rest merge settle remember rms_norm layer_norm quantize table_quantize rotate activate leave_out
+    attend attend_rest merge settle remember rms_norm layer_norm quantize table_quantize rotate activate
 """
+_STEPS = "keep scatter_kept find_top predict reduce column_chunk join_chunks all_gates screened_logits leave_out "
 # `width` is the hidden size padded to 64, `head_width` head_dim padded to 8, `cell` the bytes of one cached head.
 _SHAPE = """
     layers hidden width heads kv_heads head_dim head_width cell neurons vocab activation act_on_up gated norm_relu
@@ -56,7 +58,7 @@ _TABLES = """
     final_norm final_norm_bias frequencies rope_half every table_integer qkv_column o_column ffn_column
     screen screen_stride screen_basis screen_bias screen_rank
 """
-MODEL = record(_PRIMITIVES + _SHAPE + _TABLES, "eps attention_scale embedding_scale screen_margin")
+MODEL = record(_PRIMITIVES + _STEPS + _SHAPE + _TABLES, "eps attention_scale embedding_scale screen_margin")
 
 # One layer: `act_threshold` are the neurons' thresholds of the activation function (see `pointwise.activate`), `local`
 # says whether it uses the local RoPE, `window` what it sees. `qkv_columns` and so on are projections by columns, 0

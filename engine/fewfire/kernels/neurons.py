@@ -5,12 +5,15 @@ into the chunk's own y, if there are thresholds for them only of those whose |ac
 2408.14690). Whatever is dropped is not read.
 """
 
+from numba import types
+
 from fewfire.kernels.axpy import BLOCK
-from fewfire.kernels.compile import inline
+from fewfire.kernels.compile import inline, primitive
 from fewfire.kernels.gather import SOON
 from fewfire.kernels.layer import multiply_by, pad
-from fewfire.kernels.select import NEURON_CHUNKS, add_listed, candidates, gates, keep, keep_on
-from fewfire.kernels.simd import call, load_f32, load_i32, splat_f32, store_f32, store_f32x8, store_i32, store_i64
+from fewfire.kernels.select import NEURON_CHUNKS, add_listed, candidates, gates, keep_on
+from fewfire.kernels.simd import ask, call, load_f32, load_i32, splat_f32, store_f32, store_f32x8, store_i32, store_i64
+from fewfire.kernels.work import A_LAYER, THE_MODEL
 
 _STEP = BLOCK // 4  # of each quarter of a list, neurons that are scattered together
 
@@ -67,14 +70,14 @@ def _scatter(model, weights, ids, gate, up, count, x, block, y, scratch):
         call(model.gather_axpy, (weights.updown + down, stride, rows, soon, size, fired, y, model.width, scratch))
 
 
-@inline
-def _scatter_kept(model, weights, kept, ids, gate, up, count, x, y, scratch):
+@primitive(THE_MODEL, A_LAYER, *[types.int64] * 8, result=types.int64)
+def scatter_kept(model, weights, kept, ids, gate, up, count, x, y, scratch):
     """The same of those neurons alone whose |act(gate) * up| is over their threshold; returns how many."""
     stride, down = model.updown_stride, model.down
     if _meets_up(model, weights):
         call(model.gather_dot, (weights.updown, stride, ids, ids + 4 * SOON, down, count, 0, (count + 3) // 4, x, up))
         _fire(model, weights, ids, count, gate, up)
-    left, later = keep(weights.down_least, 4, kept, ids, gate, count), ids + 4 * BLOCK
+    left, later = ask(model.keep, (weights.down_least, 4, kept, ids, gate, count)), ids + 4 * BLOCK
     if left > 0:
         pad(ids, left)
         call(model.gather_axpy, (weights.updown + down, stride, ids, later, left, gate, y, model.width, scratch))
@@ -100,8 +103,9 @@ def neuron_chunk(model, weights, work, layer, thread, chunk, kept):
         else:
             gates(model, weights, work.x, ids, size, gate)
         if weights.top >= 0:
-            size = keep(work.least, 0, kept, ids, gate, size)
-        size = keep(weights.gate_least, 4, kept, ids, gate, size)
+            size = ask(model.keep, (work.least, 0, kept, ids, gate, size))
+        if weights.gate_least != 0:
+            size = ask(model.keep, (weights.gate_least, 4, kept, ids, gate, size))
     left = size
     if size > 0:
         pad(ids, size)
@@ -109,7 +113,7 @@ def neuron_chunk(model, weights, work, layer, thread, chunk, kept):
             _listed(work.ups, ids, size, up)
             multiply_by(gate, up, size)
         if weights.down_least != 0:
-            left = _scatter_kept(model, weights, kept, ids, gate, up, size, work.x, y, scratch)
+            left = ask(model.scatter_kept, (model, weights, kept, ids, gate, up, size, work.x, y, scratch))
         else:
             _scatter(model, weights, ids, gate, up, size, work.x, block, y, scratch)
         keep_on(kept, ids, left)

@@ -11,11 +11,12 @@ always kept, so that it is seen in the end.
 from numba import types
 
 from fewfire.kernels.axpy import BLOCK
-from fewfire.kernels.compile import ZERO, inline, primitive, step
+from fewfire.kernels.compile import ZERO, inline, primitive
 from fewfire.kernels.gather import SOON
 from fewfire.kernels.layer import all_rows, pad, quantize
-from fewfire.kernels.simd import call, load_f32, load_i8, load_i32, store_f32, store_i8, store_i32
+from fewfire.kernels.simd import ask, call, load_f32, load_i8, load_i32, store_f32, store_i8, store_i32
 from fewfire.kernels.team import REGIONS, advance, finish, take, wait
+from fewfire.kernels.work import A_LAYER, A_PHASE, THE_MODEL, THE_WORK
 
 # Of a list, each group is read as four streams (see `gather.py`); its pieces are chunks. Fixed numbers, because they
 # decide the order of additions.
@@ -39,14 +40,12 @@ def add_listed(target, bias, rows, count):
             store_f32(target + j, load_f32(target + j) + load_f32(bias + 4 * load_i32(rows + j)))
 
 
-@inline
+@primitive(*[_I] * 6, result=_I)
 def keep(least, each, kept, ids, values, size):
     """Drops the entries whose |value| is not over their threshold and that are not `kept`; returns how many are left.
 
     Thresholds are `each` bytes apart, 0 if all neurons have the same.
     """
-    if least == 0:
-        return size
     left = ZERO
     for j in range(0, 4 * size, 4):
         number, value = load_i32(ids + j), load_f32(values + j)
@@ -96,11 +95,9 @@ def _members(model, weights, kept, groups, scores, size, ids):
     return found
 
 
-@inline
-def candidates(model, weights, work, chunk, kept, ids, groups, scores):
-    """Lists the neurons of a chunk whose gates are to be computed; returns how many. `groups`, `scores`: scratch."""
-    if weights.predictor == 0:
-        return _list_piece(weights.active, model.neurons, chunk, ids)
+@primitive(THE_MODEL, A_LAYER, THE_WORK, *[_I] * 5, result=_I)
+def predict(model, weights, work, chunk, kept, ids, groups, scores):
+    """Lists the neurons of a chunk that a predictor thinks will fire; returns how many. `groups`, `scores`: scratch."""
     size = _list_piece(model.every, weights.groups, chunk, groups)
     if size > 0:
         pad(groups, size)
@@ -109,6 +106,14 @@ def candidates(model, weights, work, chunk, kept, ids, groups, scores):
         call(model.gather_dot, (weights.predictor, stride, rows, soon, stride, size, 0, end, z, scores))
         size = _members(model, weights, kept, groups, scores, size, ids)
     return size
+
+
+@inline
+def candidates(model, weights, work, chunk, kept, ids, groups, scores):
+    """Lists the neurons of a chunk whose gates are to be computed; returns how many. `groups`, `scores`: scratch."""
+    if weights.predictor != 0:
+        return ask(model.predict, (model, weights, work, chunk, kept, ids, groups, scores))
+    return _list_piece(weights.active, model.neurons, chunk, ids)
 
 
 @inline
@@ -121,7 +126,7 @@ def gates(model, weights, x, ids, size, gate):
     call(model.activate, (model.activation, gate, size, weights.act_threshold, ids, size))
 
 
-@step
+@primitive(THE_MODEL, *A_PHASE, A_LAYER, THE_WORK, result=_I)
 def reduce(model, team, phase, thread, weights, work):
     """The phase of a predictor's basis times x, which its rows meet. Returns the next phase."""
     chunks, matrix = team[REGIONS], (weights.basis, weights.basis_stride)
@@ -136,7 +141,7 @@ def reduce(model, team, phase, thread, weights, work):
     return wait(team, phase)
 
 
-@step
+@primitive(THE_MODEL, *A_PHASE, A_LAYER, THE_WORK, result=_I)
 def find_top(model, team, phase, thread, weights, work):
     """The phase that computes every gate and finds what the largest are over. Returns the next phase."""
     own = 4 * thread * work.longest

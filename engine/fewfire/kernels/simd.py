@@ -97,18 +97,23 @@ def select_lanes(builder: ir.IRBuilder, vector: ir.Value, lanes: list[int]) -> i
     return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
-@intrinsic
-def call(typing, address, arguments):
-    """Calls the `Primitive` at an address with a tuple of numbers."""
-    signature = types.void(types.int64, arguments)
+def _caller(result: types.Type, returned: ir.Type) -> Any:
+    @intrinsic
+    def call(typing, address, arguments):
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
+            unpacked = cgutils.unpack_tuple(builder, values[1])
+            function = ir.FunctionType(returned, [value.type for value in unpacked])
+            value = builder.call(builder.inttoptr(values[0], function.as_pointer()), unpacked)
+            return context.get_dummy_value() if result is types.void else value
 
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
-        unpacked = cgutils.unpack_tuple(builder, values[1])
-        function = ir.FunctionType(ir.VoidType(), [value.type for value in unpacked])
-        builder.call(builder.inttoptr(values[0], function.as_pointer()), unpacked)
-        return context.get_dummy_value()
+        return result(types.int64, arguments), codegen
 
-    return signature, codegen
+    return call
+
+
+# Calls the `Primitive` at an address with a tuple of numbers, records and arrays: one without a result, and one that
+# returns an int64.
+call, ask = _caller(types.void, ir.VoidType()), _caller(types.int64, I64)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
