@@ -55,7 +55,7 @@ def everything(packed: Packed) -> Selection:
     members = np.stack([random.permutation(neurons) for _ in range(layers)]).astype(np.int32)
     predictor = Predictor(
         rows(of.rows, 64, layers, 12), random.random((layers, 12), np.float32), members,
-        rows(of.rows, hidden, layers, 64), True,
+        rows(of.rows, hidden, layers, 64),
     )  # fmt: skip
     screen = Screen(
         rows(of.rows, 64, c.vocab_size), rows(of.table, hidden, 64), 64, np.zeros(c.vocab_size, np.float32), 2.5
