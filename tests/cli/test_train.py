@@ -79,12 +79,15 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(model, text, tmp_path)
     args = ["train", "relufy", model, tmp_path / "out", "--text", text, "--tokens", 10**8, *SMALL]
     program = subprocess.Popen([*PROGRAM, *map(str, args)], stderr=subprocess.PIPE, text=True)
     log, deadline = tmp_path / "out" / "training" / "log.jsonl", time.monotonic() + 120
-    while not log.exists() or log.read_text().count("\n") < 4:
-        assert program.poll() is None, program.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    program.send_signal(signal.SIGINT)
-    _, errors = program.communicate(timeout=60)
+    try:
+        while not log.exists() or log.read_text().count("\n") < 4:
+            assert program.poll() is None, program.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        program.send_signal(signal.SIGINT)
+        _, errors = program.communicate(timeout=60)
+    finally:
+        program.kill()
     assert program.returncode == 130
     assert errors.rstrip().splitlines()[-1].endswith("stopped; the same command goes on from here")
     assert (tmp_path / "out" / "training" / "state.pt").exists()
