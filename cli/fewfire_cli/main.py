@@ -41,7 +41,8 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 def cli() -> None:
     """Runs language models on ordinary CPUs.
 
-    MODEL is an alias (smollm2, gemma3), a Hugging Face directory or hub id, a .gguf file, or a packed model.
+    MODEL is an alias (smollm2, gemma3, smollm2-relu), a Hugging Face directory or hub id, a .gguf file, or a packed
+    model.
 
     \b
     Example:

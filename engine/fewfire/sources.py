@@ -66,7 +66,17 @@ class AdaptedModel:
         return Path(__file__).parent / "adapters" / self.file
 
 
-ADAPTED: dict[str, AdaptedModel] = {}
+ADAPTED: dict[str, AdaptedModel] = {
+    model.name: model
+    for model in (
+        AdaptedModel(
+            name="smollm2-relu",
+            about="SmolLM2-135M-Instruct, trained to fire less (Apache-2.0)",
+            base="smollm2",
+            file="smollm2-relu.safetensors",
+        ),
+    )
+}
 
 
 def adapter_of(source: str | Path) -> Path | None:

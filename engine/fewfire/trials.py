@@ -37,11 +37,11 @@ class Trial:
         """What perplexity grows by, at most as far as can be told.
 
         The divergence counts as well: it is what perplexity would grow by on text that the model says itself, and it
-        scatters far less than that. Since other text may be harder than the sample, it is that of the sample's harder
-        half (perf/LOG.md, "where a screen's damage is").
+        scatters so little that its error needs no margin. Since other text may be harder than the sample, it is that of
+        the sample's harder half (perf/LOG.md, "where a screen's damage is").
         """
-        grown = max(self.measured["growth"], math.expm1(self.worse_kl))
-        return float(grown + _MARGIN * self.measured["growth_error"])
+        grown = self.measured["growth"] + _MARGIN * self.measured["growth_error"]
+        return max(float(grown), math.expm1(self.worse_kl))
 
 
 def scored(work: Calibration) -> int:

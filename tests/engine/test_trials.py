@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 import tiny
 from fewfire import choosing
 from fewfire.calibration import Calibration
 from fewfire.model import Model
-from fewfire.trials import adjusted, trial
+from fewfire.trials import Trial, adjusted, trial
 
 
 def test_a_share_is_adjusted_until_the_kernels_read_it(model: Model) -> None:
@@ -17,3 +19,9 @@ def test_a_share_is_adjusted_until_the_kernels_read_it(model: Model) -> None:
     found = trial(work, "gate", densities, 256, "measuring")
     assert len(set(densities["gate"])) == 1
     assert found.density == pytest.approx(0.6, abs=0.02)
+
+
+def test_a_bound_is_of_growth_with_its_error_and_of_the_harder_texts_divergence() -> None:
+    measured = {"growth": 0.01, "growth_error": 0.002, "kl": 0.005}
+    assert Trial("gate", {}, 0.5, measured, worse_kl=0.006).bound == pytest.approx(0.01 + 1.28 * 0.002)
+    assert Trial("gate", {}, 0.5, measured, worse_kl=0.03).bound == pytest.approx(math.expm1(0.03))
