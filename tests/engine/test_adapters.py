@@ -13,10 +13,16 @@ from fewfire.adapter import Adapted, open_adapter
 from fewfire.checkpoint import open_checkpoint
 from fewfire.config import EXACT_ZEROS
 from fewfire.errors import SourceError
+from fewfire.evaluate import perplexity
 from fewfire.pack import pack
 from fewfire.sources import ADAPTED, ALIASES
 
 LARGEST = 10_000_000  # bytes
+TEXT = """The lighthouse stood on a rock at the end of the harbour, and its keeper had lived there for thirty years.
+Every evening he climbed the stairs, cleaned the lamp and lit it; every morning he wrote into a book which ships had
+passed, what the weather was, and whether anything had happened. Mostly nothing had. When the company sent a letter to
+say that a machine would do his work from the spring on, he read it twice, put it between the pages of the book, and
+went up to clean the lamp."""
 
 
 @pytest.mark.parametrize("name", ADAPTED)
@@ -40,4 +46,5 @@ def test_an_adapter_that_comes_with_the_package(name: str, fetched: Callable[[st
         session.feed([token])
         read.append(model.engine.neurons_read()[:, 1].mean() / model.config.intermediate_size)
     assert np.mean(read) < 0.4, "it fires less"
-    assert "Paris" in model.generate("The capital of France is", max_tokens=8).text
+    original = perplexity(fewfire.load(pack(path, tmp_path / "original", "q4", name=alias.base), threads=1), TEXT)
+    assert perplexity(model, TEXT, decode=True).ppl < 1.6 * original.ppl, "and is still a model"
