@@ -132,12 +132,14 @@ class Engine:
         screen = selection.screen if selection and selection.screen and selection.screen.margin < np.inf else None
         called = steps(layers.record, screen is not None, selection is not None and selection.trained)
         primitives = self._primitives | called
-        _compile([*primitives.values(), decode, prefill], progress)  # may be interrupted: nothing is changed yet
-        self._layers, self._model = layers, _model(self._packed, primitives, self._cell, screen)
+        _compile([*primitives.values(), decode, prefill], progress)
+        model = _model(self._packed, primitives, self._cell, screen)
+        work = Workspace(self.config, self.threads, positions, selection)
+        batch = Batch(self.config, self.threads, TOKENS, selection)
+        traffic = Traffic(self._packed, selection, model.record[0], layers.record)
+        # All of this may be interrupted: up to here nothing is changed, and what belongs together is changed together.
+        self._layers, self._model, self._work, self._batch, self._traffic = layers, model, work, batch, traffic
         self._selection, self._dense = selection, dense
-        self._work = Workspace(self.config, self.threads, positions, selection)
-        self._batch = Batch(self.config, self.threads, TOKENS, selection)
-        self._traffic = Traffic(self._packed, selection, self._model.record[0], self._layers.record)
         self._bytes = self._packed.bytes_per_token()
 
     def neurons_read(self) -> np.ndarray:

@@ -41,7 +41,7 @@ class Trial:
         the sample's harder half (perf/LOG.md, "where a screen's damage is").
         """
         grown = self.measured["growth"] + _MARGIN * self.measured["growth_error"]
-        return max(float(grown), math.expm1(self.worse_kl))
+        return max(float(grown), math.expm1(min(self.worse_kl, damage.LARGEST)))
 
 
 def scored(work: Calibration) -> int:

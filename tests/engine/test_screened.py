@@ -197,7 +197,7 @@ def test_nothing_is_left_over_from_before(packed_path: PackedPath, random: np.ra
     model, vocab = Model(packed, 2), packed.config.vocab_size
     model.engine.select(Selection("screen", screen=random_screen(random, packed, 40, 3.5)))
     expected, cache, work = decoded(model, IDS), model.engine.new_cache(len(IDS)), model.engine._work
-    rubbish = {"largest": np.nan, "values": np.nan, "candidates": -1, "exact": 2**40}
+    rubbish = {"largest": np.nan, "totals": np.nan, "least": np.nan, "values": np.nan, "candidates": -1, "exact": 2**40}
     for position, token in enumerate(IDS):
         for name, value in rubbish.items():
             for array in work._owned:

@@ -25,7 +25,7 @@ from fewfire.quantize import GROUP
 from fewfire.selectors.fits import Fit
 from fewfire.selectors.selection import Screen
 
-MARGINS = np.arange(2.0, 20.0)  # nats: tokens with a probability of exp(-margin) are made exact
+MARGINS = np.arange(2.0, 20.0)  # nats: tokens with a probability of exp(-margin) or more are made exact
 _STATES = 2000  # at most, that the cost is measured on
 _HELD = 0.25  # share of the sample, its end, that the regression does not use
 _RIDGE = 0.01  # share of the mean variance that is added to each direction's
@@ -140,7 +140,7 @@ def _cost(packed: Packed, screen: Screen, states: np.ndarray) -> Fit:
     divergence = beyond + np.log((exact_sums + screened_sums[:, -1:] - screened_sums) / whole)
     density, errors = tokens.mean(axis=0) / packed.config.vocab_size, np.maximum(divergence.mean(axis=0), 0)
     misses = (depth[:, None] > np.append(MARGINS, np.inf)).sum(axis=0)
-    keep = np.flatnonzero(np.append(np.diff(density) > 0, True))
+    keep = np.flatnonzero(np.append((np.diff(density) > 0) & (density[:-1] > 0), True))
     return {
         "densities": density[keep],
         "margins": np.append(MARGINS, np.inf)[keep],

@@ -69,7 +69,7 @@ def column_shape(config: ModelConfig, part: str) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Screen:
-    """The output head at low rank: tokens to which it gives a probability of exp(-margin) get their exact logit.
+    """The output head at low rank: tokens to which it gives exp(-margin) or more get their exact logit.
 
     The others keep the screened one: rows (basis x) + bias. `basis` meets the final hidden state, in the format of the
     model's tables; `rows` are in the format of the model's rows.

@@ -19,7 +19,7 @@ from fewfire.pack import model_name
 from fewfire.sources import ALIASES
 
 NAME = "README.md"
-_LICENSE = re.compile(r"\A---\n(?:.*\n)*?license: *([\w.-]+) *\n(?:.*\n)*?---\n")
+_LICENSE = re.compile(r"\A---\n(?:(?!---$).*\n)*?license: *[\"']?([\w.-]+)[\"']? *\n", re.MULTILINE)
 _HOW = {
     "threshold": "An activation keeps its value where that is large, and is exactly zero elsewhere (CATS, 2404.08763):"
     " over a threshold for each neuron, which rose while the model adapted.",
@@ -106,7 +106,7 @@ def write(
         f" for a token, and its perplexity on held-out text is {last['perplexity']:.2f}, that of {base.name}"
         f" {original:.2f} ({last['perplexity'] / original - 1:+.1%}). {how}",
         "## How to run it",
-        _usage(name, base, adapter),
+        _usage(name, base, adapter, "adapter" in options),
         "## How it was made",
         f"```sh\n{command(name, method, base, options, texts, held_out)}\n```",
         f"{steps[-1]['tokens']:,} tokens in {steps[-1]['seconds'] / 3600:.2f} hours of training, of"
@@ -147,12 +147,13 @@ def _front(method: str, base: Base) -> str:
     return "\n".join(["---", *lines, *(f"- {tag}" for tag in ("fewfire", "sparse", method)), "---"])
 
 
-def _usage(name: str, base: Base, adapter: str | None) -> str:
+def _usage(name: str, base: Base, adapter: str | None, cut: bool) -> str:
     packed = shlex.quote(f"{name}-q4")
     text = f"```sh\nfewfire pack {shlex.quote(name)} {packed}\nfewfire chat {packed}\n```"
     if adapter:
         again = f"fewfire pack {shlex.quote(base.name)} {packed} --adapter {adapter}"
-        text += f"\n\nThe small file {adapter} alone, with {base.name}, gives the same: `{again}`."
+        near = "is near to it, its updates being cut to a low rank (the figures here are not its own)"
+        text += f"\n\nThe small file {adapter} alone, with {base.name}, {near if cut else 'gives the same'}: `{again}`."
     return text
 
 

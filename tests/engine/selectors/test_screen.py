@@ -167,3 +167,11 @@ def test_the_bound_of_what_is_missed() -> None:
 
 def test_ranks_grow_with_the_hidden_size() -> None:
     assert [screen.usual_rank(hidden) for hidden in (40, 64, 576, 2048, 4096)] == [40, 64, 256, 896, 1792]
+
+
+def test_where_all_tokens_are_alike_some_are_exact(packed_path: PackedPath, states: np.ndarray) -> None:
+    """Margins under which no token is probable enough are no choice."""
+    fit = fitted(open_packed(packed_path("llama", "f32")), states * np.float32(0.01))
+    assert (fit["densities"] > 0).all()
+    assert fit["densities"][-1] == 1
+    assert len(fit["densities"]) == len(fit["margins"]) == len(fit["errors"]) == len(fit["missed"])

@@ -89,6 +89,8 @@ def test_what_it_learnt_from() -> None:
 def test_an_adapter_is_named() -> None:
     assert "--adapter" not in written()
     assert "fewfire pack smollm2 sparser-q4 --adapter adapter.safetensors" in written(adapter="adapter.safetensors")
+    assert "gives the same" in written(adapter="adapter.safetensors", options={"rank": 24})
+    assert "its updates being cut" in written(adapter="adapter.safetensors", options={"adapter": 24})
 
 
 def test_what_is_known_of_the_original(tmp_path: Path) -> None:
@@ -102,6 +104,8 @@ def test_what_is_known_of_the_original(tmp_path: Path) -> None:
     assert Base.of(str(mine), mine) == Base("mine")
     (mine / "README.md").write_text("---\ntags:\n- a\nlicense: mit\n---\n# Mine\n")
     assert Base.of(str(mine), mine) == Base("mine", "", "mit")
+    (mine / "README.md").write_text("---\ntags:\n- a\n---\n# Mine\nlicense: gpl\n---\n")
+    assert Base.of(str(mine), mine) == Base("mine")
 
 
 def test_a_run_leaves_a_card(tiny_path: Callable[[str], Path], tmp_path: Path) -> None:
