@@ -16,7 +16,8 @@ from fewfire import damage
 from fewfire.damage import Dense
 from fewfire.windows import windows
 from perf.spread import rounded
-from perf.status import say
+from perf.status import progress, say
+from perf.texts import part_of
 
 _WINDOW = 512
 
@@ -46,7 +47,7 @@ class _Counter:
     def __call__(self, stage: str, done: int, total: int) -> None:
         self._rows += self._model.engine.neurons_read().mean(axis=0)
         self._tokens += 1
-        say(f"{stage} ({done} of {total})")
+        progress(stage, done, total)
 
     def shares(self) -> dict[str, float]:
         """Of all neurons, those whose gate, up and down rows a token read, on average."""
@@ -69,7 +70,7 @@ class Judge:
         for text in texts:
             label, content = _read(text)
             cut = self._cut(self.model, content)
-            dense = damage.observe_dense(self.model, cut, _progress, f"{Path(source).name} reads {label}")
+            dense = damage.observe_dense(self.model, cut, progress, f"{Path(source).name} reads {label}")
             self.texts.append(Text(label, content, cut, dense))
 
     def _cut(self, model: fewfire.Model, content: str) -> list[list[int]]:
@@ -115,11 +116,4 @@ def _read(text: str) -> tuple[str, str]:
     """The label and content of FILE or FILE@0.8:1.0."""
     path, _, part = text.partition("@")
     content = Path(path).read_text(encoding="utf-8")
-    if not part:
-        return Path(path).name, content
-    start, stop = (float(share) for share in part.split(":"))
-    return f"{Path(path).name} ({part})", content[int(len(content) * start) : int(len(content) * stop)]
-
-
-def _progress(stage: str, done: int, total: int) -> None:
-    say(f"{stage} ({done} of {total})")
+    return (f"{Path(path).name} ({part})", part_of(content, part)) if part else (Path(path).name, content)

@@ -31,8 +31,9 @@ from fewfire.tradeoff import Judge, Point
 from fewfire.windows import windows
 from perf import machine, results
 from perf.spread import rounded
-from perf.status import say
+from perf.status import progress, say
 from perf.table import table
+from perf.texts import part_of
 
 USUAL = (
     "down",
@@ -66,7 +67,7 @@ class Bench:
 
     def __init__(self, source: str, text: str, tokens: int, threads: int) -> None:
         self.model = fewfire.load(source, threads=threads, dense=True)
-        self.work = Calibration(self.model, sample_text(), _progress)
+        self.work = Calibration(self.model, sample_text(), progress)
         cut = windows(self.model.tokenizer, self.model.config, text, min(_WINDOW, self.model.context), tokens)
         self.judge = Judge(self.work, cut)
 
@@ -74,7 +75,7 @@ class Bench:
         """One method with one way to spread it, at several densities. Raises `ValueError` if it cannot be used."""
         points = self.judge.points(method, densities, getattr(choosing, spread)(self.work, method))
         selections = [self.work.selection(method, point.densities) for point in points]
-        base, *seconds = timing.side_by_side(self.model, [None, *selections], self.judge.windows[0], _progress)
+        base, *seconds = timing.side_by_side(self.model, [None, *selections], self.judge.windows[0], progress)
         say("")
         return [
             _row(point)
@@ -82,10 +83,6 @@ class Bench:
                "speedup": rounded(base / each)}
             for point, each in zip(points, seconds, strict=True)
         ]  # fmt: skip
-
-
-def _progress(stage: str, done: int, total: int) -> None:
-    say(f"{stage} ({done} of {total})")
 
 
 def _row(point: Point) -> Row:
@@ -160,9 +157,8 @@ def growth(row: Row) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     options = _options(argv)
-    text = options.text.read_text(encoding="utf-8")
-    start, stop = (float(share) for share in options.part.split(":"))
-    bench = Bench(options.packed, text[int(len(text) * start) : int(len(text) * stop)], options.tokens, options.threads)
+    text = part_of(options.text.read_text(encoding="utf-8"), options.part)
+    bench = Bench(options.packed, text, options.tokens, options.threads)
     watch, model = machine.Watch(), bench.model
     result: dict[str, Any] = {
         "machine": machine.describe(),

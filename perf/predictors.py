@@ -31,6 +31,7 @@ from perf import machine, results
 from perf.spread import rounded
 from perf.status import say
 from perf.table import table
+from perf.texts import part_of
 
 DENSITIES = (0.3, 0.5, 0.7)
 _WINDOW = 256
@@ -106,9 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     options = _options(argv)
     packed = open_packed(options.model)
-    text = options.text.read_text(encoding="utf-8")
-    start, stop = (float(share) for share in options.part.split(":"))
-    text = text[int(len(text) * start) : int(len(text) * stop)]
+    text = part_of(options.text.read_text(encoding="utf-8"), options.part)
     cut = windows(Tokenizer.from_file(options.model / TOKENIZER), packed.config, text, _WINDOW)
     count = min(len(cut), max(1, options.tokens // _WINDOW))
     cut = [cut[i * len(cut) // count] for i in range(count)]

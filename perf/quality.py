@@ -25,6 +25,7 @@ from perf import machine, results
 from perf.peers import AbsentError, Contender, Request, load
 from perf.spread import rounded
 from perf.table import table
+from perf.texts import part_of
 
 USUAL = (
     "fewfire:f32",
@@ -85,9 +86,7 @@ def quality_table(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     options = _options(argv)
-    text = options.text.read_text(encoding="utf-8")
-    start, stop = (float(share) for share in options.part.split(":"))
-    text = text[int(len(text) * start) : int(len(text) * stop)]
+    text = part_of(options.text.read_text(encoding="utf-8"), options.part)
     request = Request(options.model, options.threads, options.window, options.gguf)
     model = fewfire.load(options.model, threads=1)
     bos = model.config.bos_token_id if model.config.add_bos_token else None
