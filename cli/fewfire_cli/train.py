@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,11 @@ def train(
     if plot:
         draw(entries, plot, f"{method} of {model}")
         terminal.note(f"wrote {plot}")
-    click.echo(_summary(entries))
+    click.echo(_summary(log.measurements(entries)))
 
 
-def _summary(entries: list[dict[str, Any]]) -> str:
+def _summary(measured: Sequence[Mapping[str, Any]]) -> str:
     """What has become of the model, in a line."""
-    measured = [entry for entry in entries if "perplexity" in entry]
     first, last = measured[0], measured[-1]
     return (
         f"zeros {last['zeros']:.1%}, perplexity {last['perplexity']:.4g} on held-out text"

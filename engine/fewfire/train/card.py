@@ -17,6 +17,8 @@ from typing import Any
 from fewfire import hub
 from fewfire.pack import model_name
 from fewfire.sources import ALIASES
+from fewfire.train import log
+from fewfire.train.log import Entries
 
 NAME = "README.md"
 _LICENSE = re.compile(r"\A---\n(?:(?!---$).*\n)*?license: *[\"']?([\w.-]+)[\"']? *\n", re.MULTILINE)
@@ -75,22 +77,36 @@ def _license(path: Path) -> str:
     return found[1] if found else ""
 
 
-def write(
-    name: str,
-    method: str,
-    base: Base,
-    options: Mapping[str, Any],
-    texts: Sequence[Text],
-    held_out: Text | None,
-    log: Sequence[Mapping[str, Any]],
-    adapter: str | None,
-) -> str:
+@dataclass(frozen=True)
+class Made:
+    """What a run was asked to make."""
+
+    name: str  # of the result's directory
+    method: str
+    base: Base
+    options: Mapping[str, Any]  # those of the command line that are not the defaults
+    texts: Sequence[Text]
+    held_out: Text | None
+
+    @property
+    def command(self) -> str:
+        """The command that was given, files by their names."""
+        words = ["fewfire", "train", self.method, self.base.name, self.name]
+        for text in self.texts:
+            words += ["--text", text.name]
+        words += ["--heldout", self.held_out.name] if self.held_out else []
+        for option, value in self.options.items():
+            words += [f"--{option}"] if value is True else [f"--{option}", str(value)]
+        return shlex.join(words)
+
+
+def write(made: Made, entries: Entries, adapter: str | None) -> str:
     """The card's text.
 
-    name: of the result's directory; options: those of the command line that are not the defaults; log: its entries
-    (`log.py`); adapter: the name of the file that has the update by itself, if there is one.
+    entries: of the run's log; adapter: the name of the file that has the update by itself, if there is one.
     """
-    steps, measured = [e for e in log if "loss" in e], [e for e in log if "perplexity" in e]
+    method, base, options, held_out = made.method, made.base, made.options, made.held_out
+    steps, measured = log.steps(entries), log.measurements(entries)
     last, original = measured[-1], measured[0]["original"]
     how = _HOW[options.get("activation", "threshold") if method == "relufy" else method]
     if options.get("stage") == 2:
@@ -101,16 +117,16 @@ def write(
     of = str(held_out) if held_out else "a part of the same text that was kept apart"
     sections = [
         _front(method, base),
-        f"# {name}",
+        f"# {made.name}",
         f"{base.name}, trained with `fewfire train {method}`: {last['zeros']:.1%} of its FFN neurons are exactly zero"
         f" for a token, and its perplexity on held-out text is {last['perplexity']:.2f}, that of {base.name}"
         f" {original:.2f} ({last['perplexity'] / original - 1:+.1%}). {how}",
         "## How to run it",
-        _usage(name, base, adapter, "adapter" in options),
+        _usage(made.name, base, adapter, "adapter" in options),
         "## How it was made",
-        f"```sh\n{command(name, method, base, options, texts, held_out)}\n```",
+        f"```sh\n{made.command}\n```",
         f"{steps[-1]['tokens']:,} tokens in {steps[-1]['seconds'] / 3600:.2f} hours of training, of"
-        f" {', '.join(map(str, texts))}. It learnt from {learnt}.",
+        f" {', '.join(map(str, made.texts))}. It learnt from {learnt}.",
         "## What came out",
         f"Zeros of act(gate) and perplexity on {of}, while it was training:",
         _course(steps, measured, original),
@@ -119,24 +135,6 @@ def write(
         _limits(method, base, held_out),
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def command(
-    name: str,
-    method: str,
-    base: Base,
-    options: Mapping[str, Any],
-    texts: Sequence[Text],
-    held_out: Text | None,
-) -> str:
-    """The command that was given, files by their names."""
-    words = ["fewfire", "train", method, base.name, name]
-    for text in texts:
-        words += ["--text", text.name]
-    words += ["--heldout", held_out.name] if held_out else []
-    for option, value in options.items():
-        words += [f"--{option}"] if value is True else [f"--{option}", str(value)]
-    return shlex.join(words)
 
 
 def _front(method: str, base: Base) -> str:
@@ -157,7 +155,7 @@ def _usage(name: str, base: Base, adapter: str | None, cut: bool) -> str:
     return text
 
 
-def _course(steps: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]], original: float) -> str:
+def _course(steps: Entries, measured: Entries, original: float) -> str:
     tokens = {0: 0} | {entry["step"]: entry["tokens"] for entry in steps}
     rows = [f"| original | | {original:.2f} | |"]
     rows += [

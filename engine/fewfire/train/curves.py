@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fewfire.errors import FewfireError
+from fewfire.train import log
 
 try:
     from matplotlib.axes import Axes
@@ -21,10 +22,9 @@ _PARTS = {"kl": "KL to the original", "text": "text", "layers": "layers' errors"
 _SMOOTH = 50  # steps that a loss is averaged over, at most
 
 
-def draw(entries: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+def draw(entries: log.Entries, path: Path, title: str) -> None:
     """Draws a log, see `log.py`. Importing this module raises `FewfireError` where matplotlib is missing."""
-    steps = [entry for entry in entries if "loss" in entry]
-    measured = [entry for entry in entries if "perplexity" in entry]
+    steps, measured = log.steps(entries), log.measurements(entries)
     tokens = {0: 0} | {entry["step"]: entry["tokens"] for entry in steps}
     places = [tokens[entry["step"]] for entry in measured]
     figure = Figure(figsize=(14.4, 3.9), dpi=110, layout="constrained")

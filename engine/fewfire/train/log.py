@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 NAME = "log.jsonl"
+Entries = Sequence[Mapping[str, Any]]
 
 
 def append(path: Path, entry: Mapping[str, Any]) -> int:
@@ -20,3 +21,13 @@ def append(path: Path, entry: Mapping[str, Any]) -> int:
 def read(path: Path) -> list[dict[str, Any]]:
     """All entries, in order."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def steps(entries: Entries) -> list[Mapping[str, Any]]:
+    """Those of steps."""
+    return [entry for entry in entries if "loss" in entry]
+
+
+def measurements(entries: Entries) -> list[Mapping[str, Any]]:
+    """Those of measurements; the first has the original's perplexity as well."""
+    return [entry for entry in entries if "perplexity" in entry]

@@ -175,29 +175,22 @@ def train(
         seed=options.seed,
     )
     about = {"method": method, **asdict(options), "model": fingerprint(path), "text": corpus.key()}
+    name, named = Path(os.path.abspath(out)).name, [card.Text.of(file) for file in texts]
+    measured_with = card.Text.of(held_out) if held_out else None
+    made = card.Made(name, method, card.Base.of(source, path), options.chosen(), named, measured_with)
     trainer = Trainer(network, corpus, teacher, recipe, plan, out / TRAINING, about, progress)
     trainer.run()
-    _export(trainer, checkpoint, out, card.Base.of(source, path), method, options, texts, held_out)
+    _export(trainer, checkpoint, out, made, options)
     return out
 
 
-def _export(
-    trainer: Trainer,
-    checkpoint: Checkpoint,
-    out: Path,
-    base: card.Base,
-    method: str,
-    options: Options,
-    texts: Sequence[Path],
-    held_out: Path | None,
-) -> None:
+def _export(trainer: Trainer, checkpoint: Checkpoint, out: Path, made: card.Made, options: Options) -> None:
     """Writes what has been trained, and then removes the state, which nothing needs any more."""
     entries = log.read(out / TRAINING / log.NAME)
-    measured = [entry for entry in entries if "perplexity" in entry]
-    steps = [entry for entry in entries if "loss" in entry]
+    measured, last = log.measurements(entries), log.steps(entries)[-1]
     about = {
-        "tokens": steps[-1]["tokens"],
-        "hours": round(steps[-1]["seconds"] / 3600, 2),
+        "tokens": last["tokens"],
+        "hours": round(last["seconds"] / 3600, 2),
         "perplexity": measured[-1]["perplexity"],
         "perplexity of the original": measured[0]["original"],
         "zeros": measured[-1]["zeros"],
@@ -207,13 +200,9 @@ def _export(
     rank, path = options.rank or options.adapter, out / export.ADAPTER
     small = bool(rank) and result.sparsity is None
     if small:
-        export.write_adapter(
-            trainer.network, checkpoint, result, path, rank, base=base.name, method=method, about=about
-        )
-    named = [card.Text.of(file) for file in texts]
-    measured_with = card.Text.of(held_out) if held_out else None
-    name, chosen = Path(os.path.abspath(out)).name, options.chosen()
-    readme = card.write(name, method, base, chosen, named, measured_with, entries, path.name if small else None)
+        base, method = made.base.name, made.method
+        export.write_adapter(trainer.network, checkpoint, result, path, rank, base=base, method=method, about=about)
+    readme = card.write(made, entries, path.name if small else None)
     export.write(trainer.network, checkpoint, result, out, readme)
     trainer.forget()
 

@@ -13,7 +13,7 @@ import yaml
 import tiny
 from fewfire.adapter import open_adapter
 from fewfire.train import card, log
-from fewfire.train.card import Base, Text
+from fewfire.train.card import Base, Made, Text
 from fewfire.train.run import RECIPES, TRAINING, Options, train
 
 LOG: list[dict[str, Any]] = [
@@ -27,8 +27,9 @@ TEXTS = [Text("book.txt", 123_456), Text("my notes.txt", 7)]
 
 
 def written(method: str = "relufy", options: dict[str, Any] | None = None, **more: Any) -> str:
-    settings: dict[str, Any] = {"base": BASE, "texts": TEXTS, "held_out": None, "log": LOG, "adapter": None}
-    return card.write("sparser", method, options=options or {}, **settings | more)
+    adapter = more.pop("adapter", None)
+    settings: dict[str, Any] = {"base": BASE, "texts": TEXTS, "held_out": None}
+    return card.write(Made("sparser", method, options=options or {}, **settings | more), LOG, adapter)
 
 
 def front(text: str) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def test_figures_of_the_log() -> None:
 
 def test_the_command_can_be_given_again() -> None:
     options = Options(tokens=2048, sparsity=0.8, uniform=True).chosen()
-    line = card.command("sparser", "relufy", BASE, options, TEXTS, Text("other.txt", 9))
+    line = Made("sparser", "relufy", BASE, options, TEXTS, Text("other.txt", 9)).command
     assert line == (
         "fewfire train relufy smollm2 sparser --text book.txt --text 'my notes.txt' --heldout other.txt --tokens 2048"
         " --sparsity 0.8 --uniform"
