@@ -6,7 +6,8 @@ they decode the same tokens as the original with nothing left out: perplexity, K
 in turn. `--curve NAME=PATH`, of a model with thresholds: the same with all its thresholds times a factor, which moves
 the one cut that they come from.
 
-The result is written after every model. With `--resume`, what it has of the same models, texts and engine stays.
+The result is written after every model. With `--resume`, what it has of the same models, texts and engine stays; its
+speeds, if they were also measured on this machine, and in the way that is asked for now.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ FACTORS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.15, 1.35, 1.6)
 _SAME = ("digest", "weights", "window", "texts")  # of an earlier result that goes on
 
 Result = dict[str, Any]
+
+# What of an earlier result goes on only on the same machine, before it is measured.
+_UNTIMED: Result = {"timing": {}, "speeds": [], "used_by_others": None}
 
 
 def training(source: str) -> dict[str, float]:
@@ -125,12 +129,13 @@ class Report:
             "window": judge.window,
             "texts": [text.about() for text in judge.texts],
             "rows": [],
-            "speeds": [],
+            **_UNTIMED,
             "curve": {},
         }
         if resume:
             before = self._earlier()
-            self.result |= {key: before[key] for key in ("rows", "speeds", "curve", "used_by_others") if key in before}
+            kept = ("rows", "curve", *(_UNTIMED if before.get("machine") == self.result["machine"] else ()))
+            self.result |= {key: before[key] for key in kept if key in before}
 
     def _earlier(self) -> Result:
         """A result of that name which this one continues; empty if it is of something else, or of another engine."""
@@ -139,19 +144,33 @@ class Report:
         except (OSError, ValueError):
             return {}
         same = all(before.get(key) == self.result[key] for key in _SAME)
-        engines = [each["machine"]["versions"]["fewfire"] for each in (before, self.result)] if same else ["", "other"]
-        return before if engines[0] == engines[1] else {}
+        return before if same and _engine(before) == _engine(self.result) else {}
 
-    def row(self, name: str, source: str) -> bool:
-        """Judges a model, unless that has been done; returns whether it was."""
+    def row(self, name: str, source: str) -> None:
+        """Judges a model, unless that has been done. The speeds, which are of one run, go with a model that is new."""
         model = self._judge.open(source)
         key, rows = fingerprint(model.path), {row["name"]: row for row in self.result["rows"]}
         if name in rows and rows[name]["digest"] == key:
-            return False
+            return
         rows[name] = {"name": name, "digest": key, **training(source), **self._judge.row(model)}
-        self.result["rows"] = list(rows.values())
+        self.result |= {"rows": list(rows.values()), **_UNTIMED}
         self.keep()
-        return True
+
+    def speeds(
+        self, models: Sequence[tuple[str, str]], threads: Sequence[int], peers: Sequence[str], rounds: int
+    ) -> None:
+        """Lets the models (name, source) decode in turn with the original and peers, unless that has been done so."""
+        timing = {"threads": sorted(threads), "peers": list(peers), "rounds": rounds}
+        there = {speed["name"] for speed in self.result["speeds"]}
+        if self.result["timing"] == timing and there.issuperset(name for name, _ in models):
+            return
+        watch = machine.Watch()
+        requests = [Request(self._judge.source, count, self._judge.model.context) for count in threads]
+        speeds, absent = race(self._judge, models, peers, requests, rounds)
+        self.result |= {"timing": timing, "speeds": speeds, "used_by_others": watch.others()}
+        for name, why in absent.items():
+            print(f"absent: {name}: {why}", file=sys.stderr)
+        self.keep()
 
     def curve(self, name: str, source: str, factors: Sequence[float]) -> None:
         """Judges a model at each factor, unless that has been done."""
@@ -172,6 +191,12 @@ class Report:
             results.write(self._name, "trained", self.result)
 
 
+def _engine(result: Result) -> tuple[str, str]:
+    """What a result was decoded with: the version, and the kernels that it has for the CPU."""
+    described = result["machine"]
+    return described["versions"]["fewfire"], described["level"]
+
+
 def named(text: str) -> tuple[str, str]:
     """The parts of NAME=PATH; the name of a path alone is that of the file, and of an alias itself."""
     name, _, source = text.rpartition("=")
@@ -184,19 +209,13 @@ def main(argv: list[str] | None = None) -> None:
     threads, models = options.threads, [named(each) for each in options.models]
     judge = Judge(options.against, options.weights, max(threads), options.texts, options.tokens)
     report = Report(options.name, judge, options.resume)
-    result = report.result
-    new = [report.row(name, source) for name, source in models]
-    there = {speed["name"] for speed in result["speeds"]}
-    if options.rounds and models and (any(new) or not {name for name, _ in models} <= there):
-        watch = machine.Watch()
-        requests = [Request(options.against, count, judge.model.context) for count in threads]
-        result["speeds"], absent = race(judge, models, options.peers, requests, options.rounds)
-        result["used_by_others"] = watch.others()
-        for name, why in absent.items():
-            print(f"absent: {name}: {why}", file=sys.stderr)
-        report.keep()
+    for name, source in models:
+        report.row(name, source)
+    if options.rounds and models:
+        report.speeds(models, threads, options.peers, options.rounds)
     if options.curve:
         report.curve(*named(options.curve), options.factors)
+    result = report.result
     print("\n\n".join(filter(None, (rows_table(result), speeds_table(result), curve_table(result)))))
     results.finish(options.name, "trained", result)
 

@@ -21,6 +21,8 @@ from perf import judge, machine, report, results, trained
 
 STEPS = [{"step": 1, "loss": 2.0, "tokens": 512, "seconds": 7200.0}, {"step": 1, "perplexity": 9.0, "zeros": 0.6}]
 
+RATE = {"median": 1.0, "min": 1.0, "max": 1.0}
+
 
 @pytest.fixture
 def texts(tmp_path: Path) -> list[str]:
@@ -115,6 +117,56 @@ def test_what_is_there_is_not_measured_again(
     more = command("--curve", f"a={sparser}", "--factors", 0.5, "--resume")["curve"]
     assert [point["factor"] for point in more["points"]] == [0.5, 1.0]
     assert more["points"][1] == curve["points"][0]
+
+
+@pytest.mark.parametrize("change", ["threads", "rounds", "peers", "cpu", "library"])
+def test_speeds_measured_otherwise_are_measured_anew(
+    command: Callable[..., dict[str, Any]], sparser: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    first = command("--models", f"a={sparser}")
+    described = machine.describe()
+    other = {
+        "cpu": described | {"cpu": "another"},
+        "library": described | {"versions": described["versions"] | {"numba": "another"}},
+    }
+    monkeypatch.setattr(machine, "describe", lambda: other.get(change, described))
+    monkeypatch.setattr(judge.Judge, "row", lambda *_: pytest.fail("judged again"))
+    speeds = [{"name": name, "threads": 1, "over_dense": RATE, "tokens_per_second": RATE} for name in ("llama", "a")]
+    monkeypatch.setattr(trained, "race", lambda *_: (speeds, {}))
+    options = {"threads": ["--threads", 2], "rounds": ["--rounds", 2], "peers": ["--peers", "llama.cpp:Q8_0"]}
+    again = command("--models", f"a={sparser}", "--resume", *options.get(change, []))
+    assert again["rows"] == first["rows"]
+    assert again["speeds"] == speeds
+    monkeypatch.setattr(trained, "race", lambda *_: pytest.fail("timed again"))
+    assert command("--models", f"a={sparser}", "--resume", *options.get(change, [])) == again
+
+
+def test_speeds_of_another_cpu_go_where_none_are_asked_for(
+    command: Callable[..., dict[str, Any]], sparser: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = command("--models", f"a={sparser}")
+    assert command("--models", f"a={sparser}", "--resume", "--rounds", 0) == first
+    other = machine.describe() | {"cpu": "another"}
+    monkeypatch.setattr(machine, "describe", lambda: other)
+    again = command("--models", f"a={sparser}", "--resume", "--rounds", 0)
+    assert (again["speeds"], again["rows"]) == ([], first["rows"])
+
+
+def test_a_model_that_has_changed_is_timed_even_after_an_interruption(
+    command: Callable[..., dict[str, Any]],
+    sparser: Path,
+    tiny_path: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command("--models", f"a={sparser}")
+    own = trained.race
+    monkeypatch.setattr(trained, "race", lambda *_: pytest.fail("interrupted"))
+    with pytest.raises(pytest.fail.Exception, match="interrupted"):
+        command("--models", f"a={tiny_path('llama')}", "--resume")
+    timed = []
+    monkeypatch.setattr(trained, "race", lambda *each: timed.append(each) or own(*each))
+    command("--models", f"a={tiny_path('llama')}", "--resume")
+    assert len(timed) == 1
 
 
 def test_neurons_are_counted_as_numpy_does(sparser: Path, texts: list[str], tiny_path: Callable[[str], Path]) -> None:
