@@ -15,6 +15,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
+from perf.trained import left_out
+
 Result = dict[str, Any]
 
 _COLORS = ("#0b6e99", "#c8553d", "#588157", "#8a5a9e", "#b08900", "#5c677d")  # apart for colour-blind eyes too
@@ -184,16 +186,16 @@ def _methods(result: Result) -> Figure:
 
 
 def _tradeoff(result: Result) -> Figure | None:
-    """How much perplexity grows with the share of zeros: a line for each text as thresholds move, and other models."""
+    """How much perplexity grows with the neurons left out: a line for each text as thresholds move; other models."""
     points = result["curve"].get("points", [])
     if not points:
         return None
     figure, axes = plt.subplots(figsize=(6, 4))
     for number, (color, text) in enumerate(zip(_COLORS, result["texts"], strict=False)):
         growth = [max(p["texts"][number]["growth_percent"], _NOTHING) for p in points]
-        axes.plot([p["zeros"] for p in points], growth, marker=".", color=color, label=text["label"])
+        axes.plot([left_out(p) for p in points], growth, marker=".", color=color, label=text["label"])
         for row in (row for row in result["rows"] if row["name"] != result["curve"]["name"]):
-            at = row["zeros"], max(row["texts"][number]["growth_percent"], _NOTHING)
+            at = left_out(row), max(row["texts"][number]["growth_percent"], _NOTHING)
             axes.plot(*at, "x", color=color)
             if number == 0:
                 axes.annotate(row["name"], at, (4, -8), textcoords="offset points", fontsize=6)
@@ -201,7 +203,7 @@ def _tradeoff(result: Result) -> Figure | None:
     _ticks(axes.yaxis, {cost: f"+{cost:g} %" for cost in (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)})
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel(f"zeros ({result['curve']['name']} with its thresholds moved; x: other models)")
+    axes.set_xlabel(f"neurons left out ({result['curve']['name']} with its thresholds moved; x: other models)")
     axes.set_ylabel("perplexity")
     return _with_legend(figure, axes)
 

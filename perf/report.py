@@ -159,8 +159,8 @@ def _trained(result: Result) -> str:
     scored = ", ".join(f"{text['scored']:,} tokens of {text['label']}" for text in result["texts"])
     about = (
         f"Made from {result['model']} by training, or by leaving out without it, and judged beside it on {scored}, in"
-        f" windows of {result['window']}, token by token. zeros: the neurons of the FFNs whose up rows a token did not"
-        " read, by the kernels' own count. tokens, hours: of the training."
+        f" windows of {result['window']}, token by token. neurons left out: those of the FFNs, zero or not, whose down"
+        " rows a token did not read, by the kernels' own count. tokens, hours: of the training."
     )
     parts = [trained.rows_table(result)]
     if speeds := trained.speeds_table(result):

@@ -63,9 +63,17 @@ def scaled(model: fewfire.Model, factor: float) -> fewfire.Model:
     return fewfire.Model(replace(model.packed, arrays=arrays | {"act_threshold": limits}), model.engine.threads)
 
 
+def left_out(row: Result) -> float:
+    """The share of the FFNs' neurons that added nothing for a token, zero or not: their down rows were not read.
+
+    Up rows would not do: some selections read none by rows, and others read those of neurons that they then drop.
+    """
+    return 1.0 - float(row["rows_read"]["down"])
+
+
 def rows_table(result: Result) -> str:
     """What training or a selection made of the models, in Markdown."""
-    header = ["", "leaves out", "tokens", "hours", "zeros", "MB/token"]
+    header = ["", "leaves out", "tokens", "hours", "neurons left out", "MB/token"]
     for text in result["texts"]:
         header += [f"perplexity, {text['label']}", "KL, nats", "agreement"]
     original = [result["model"], "dense", "", "", "", f"{result['megabytes_per_token']:.1f}"]
@@ -82,7 +90,7 @@ def _cells(row: Result) -> list[str]:
         "" if tokens is None else f"{tokens:,}",
         "" if hours is None else f"{hours:.1f}",
     ]
-    cells += [f"{row['zeros']:.1%}", f"{row['megabytes_per_token']:.1f}"]
+    cells += [f"{left_out(row):.1%}", f"{row['megabytes_per_token']:.1f}"]
     for text in row["texts"]:
         cells += [f"{text['perplexity']:.2f}, {grown(text)}", f"{text['kl']:.3f}", f"{text['agreement']:.1%}"]
     return cells
@@ -105,9 +113,10 @@ def speeds_table(result: Result) -> str:
 
 def curve_table(result: Result) -> str:
     """The trade-off of one model, in Markdown; nothing without one."""
-    header = ["thresholds times", "zeros", "MB/token", *(f"perplexity, {text['label']}" for text in result["texts"])]
+    header = ["thresholds times", "neurons left out", "MB/token"]
+    header += [f"perplexity, {text['label']}" for text in result["texts"]]
     rows = [
-        [f"{p['factor']:g}", f"{p['zeros']:.1%}", f"{p['megabytes_per_token']:.1f}"]
+        [f"{p['factor']:g}", f"{left_out(p):.1%}", f"{p['megabytes_per_token']:.1f}"]
         + [f"{text['perplexity']:.2f}, {grown(text)}" for text in p["texts"]]
         for p in result["curve"].get("points", [])
     ]

@@ -16,6 +16,10 @@ def _point(model: str, parameters: int, context: int) -> dict:
             "milliseconds_per_token": SPREAD, "floor_milliseconds": 1.5}  # fmt: skip
 
 
+def _judged(read: float, *growth: float) -> dict:
+    return {"rows_read": {"down": read}, "texts": [{"growth_percent": each} for each in growth]}
+
+
 MEASURED = {
     "speed": {
         "kind": "decode",
@@ -57,11 +61,8 @@ MEASURED = {
     "taught": {
         "kind": "trained",
         "texts": [{"label": "a"}, {"label": "b"}],
-        "rows": [{"name": n, "zeros": 0.5, "texts": [{"growth_percent": g} for g in (1, -3)]} for n in ("mine", "x")],
-        "curve": {
-            "name": "mine",
-            "points": [{"zeros": z, "texts": [{"growth_percent": 50 * z}, {"growth_percent": -1}]} for z in (0, 0.9)],
-        },
+        "rows": [_judged(0.5, 1, -3) | {"name": name} for name in ("mine", "x")],
+        "curve": {"name": "mine", "points": [_judged(read, 50 - 50 * read, -1) for read in (1.0, 0.1)]},
     },
     "untaught": {"kind": "trained", "texts": [], "rows": [], "curve": {}},
     "other": {"kind": "quality"},

@@ -58,14 +58,19 @@ def sparser(tiny_path: Callable[[str], Path], tmp_path: Path) -> Path:
     return path
 
 
+def calibrate(directory: Path, source: Path, method: str) -> Path:
+    """The tiny model with half of what a method leaves out read."""
+    path, sample = directory / method, directory / "sample.txt"
+    sample.write_text(tiny.PARAGRAPH * 8)
+    assert run("pack", source, path, "--weights", "f32").code == 0
+    assert run("calibrate", path, "--method", method, "--density", 0.5, "--text", sample).code == 0
+    return path
+
+
 def test_from_models_to_the_readme(
     command: Callable[..., dict[str, Any]], sparser: Path, tiny_path: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    gate = tmp_path / "gate"
-    assert run("pack", tiny_path("llama"), gate, "--weights", "f32").code == 0
-    sample = tmp_path / "sample.txt"
-    sample.write_text(tiny.PARAGRAPH * 8)
-    assert run("calibrate", gate, "--method", "gate", "--density", 0.5, "--text", sample).code == 0
+    gate = calibrate(tmp_path, tiny_path("llama"), "gate")
     models = [f"relufy={sparser}", f"gate={gate}", f"same={tiny_path('llama')}"]
     found = command("--models", *models, "--curve", models[0], "--factors", 0, 1)
     assert [text["label"] for text in found["texts"]] == ["a.txt (0.5:1.0)", "b.txt"]
@@ -73,14 +78,13 @@ def test_from_models_to_the_readme(
     assert [row["method"] for row in found["rows"]] == ["exact", "gate", "dense"]
     assert (relufy["tokens"], relufy["hours"]) == (512, 2.0)
     assert "tokens" not in calibrated
-    assert same["zeros"] == 0.0
     assert same["rows_read"] == {"gate": 1.0, "up": 1.0, "down": 1.0}
     for text, original in zip(same["texts"], found["texts"], strict=True):
         assert text["kl"] == text["growth_percent"] == 0.0
         assert text["agreement"] == 1.0
         assert text["perplexity"] == original["perplexity"]
     for row in (relufy, calibrated):
-        assert 0.1 < row["zeros"] < 0.9
+        assert 0.1 < row["rows_read"]["up"] == row["rows_read"]["down"] < 0.9
         assert row["rows_read"]["gate"] == 1.0
         assert row["megabytes_per_token"] < same["megabytes_per_token"]
         assert all(text["kl"] > 0 for text in row["texts"])
@@ -89,13 +93,30 @@ def test_from_models_to_the_readme(
     ]  # fmt: skip
     assert found["speeds"][0]["over_dense"] == {"median": 1.0, "min": 1.0, "max": 1.0}
     lowest, whole = found["curve"]["points"]
-    assert {key: whole[key] for key in ("zeros", "texts")} == {key: relufy[key] for key in ("zeros", "texts")}
-    assert lowest["zeros"] == 0.0
+    assert all(whole[key] == relufy[key] for key in ("rows_read", "texts"))
+    assert trained.left_out(lowest) == 0.0
     assert str(tmp_path) not in json.dumps(found)
     section = report.figures({"trained": found})
     assert "### Models that fire less, llama, f32" in section
     assert "| relufy | " in section
     assert "relufy with its thresholds higher and lower" in section
+
+
+def test_what_columns_leave_out_is_not_taken_for_neurons(
+    command: Callable[..., dict[str, Any]], tiny_path: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """They read no up row by itself, and the whole of it would look as if all neurons were left out."""
+    made = [f"{method}={calibrate(tmp_path, tiny_path('llama'), method)}" for method in ("magnitude", "down", "qkv")]
+    found = command("--models", *made, "--rounds", 0)
+    magnitude, down, qkv = found["rows"]
+    assert magnitude["rows_read"]["up"] == 0.0
+    assert 0.1 < trained.left_out(magnitude) < 0.9
+    assert down["rows_read"]["up"] == 1.0
+    assert 0.1 < trained.left_out(down) < 0.9
+    assert trained.left_out(qkv) == 0.0
+    header, _, _, *rows = (line.split("|") for line in trained.rows_table(found).splitlines())
+    shares = [row[[cell.strip() for cell in header].index("neurons left out")].strip() for row in rows]
+    assert shares == [f"{trained.left_out(row):.1%}" for row in found["rows"]]
 
 
 def test_what_is_there_is_not_measured_again(
@@ -174,7 +195,7 @@ def test_neurons_are_counted_as_numpy_does(sparser: Path, texts: list[str], tiny
     from fewfire import reference
 
     judging = judge.Judge(str(tiny_path("llama")), "f32", 1, texts, 40)
-    shares = judging.row(judging.open(str(sparser)))["zeros"]
+    share = trained.left_out(judging.row(judging.open(str(sparser))))
     opened = open_checkpoint(sparser)
     tensors = {name: opened.read(name) for name in opened.config.shapes()}
     seen: list[np.ndarray] = []
@@ -189,7 +210,7 @@ def test_neurons_are_counted_as_numpy_does(sparser: Path, texts: list[str], tiny
         for text in judging.texts:
             for window in text.windows:
                 reference.forward(opened.config, tensors, window[:-1])
-    assert shares == pytest.approx(float(np.mean(np.concatenate(seen) == 0)), abs=2e-3)
+    assert share == pytest.approx(float(np.mean(np.concatenate(seen) == 0)), abs=2e-3)
 
 
 def test_thresholds_are_scaled(sparser: Path, tiny_path: Callable[[str], Path]) -> None:
