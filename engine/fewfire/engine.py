@@ -98,15 +98,16 @@ class Engine:
         """Threads that a forward pass runs on."""
         return self._team.threads
 
-    def select(self, selection: Selection | None, dense: bool = False) -> None:
+    def select(self, selection: Selection | None, dense: bool = False, progress: Progress = silent) -> None:
         """What decoding leaves out from now on, and prefill if the model was trained so.
 
-        Without a selection, what a ReLU makes zero, unless it is to be dense.
+        Without a selection, what a ReLU makes zero, unless it is to be dense. Steps that no process has needed before
+        are compiled, which is reported.
 
         Raises `ValueError` for a selection that does not fit the model.
         """
         with self._lock:
-            self._use(selection, dense, self._work.positions)
+            self._use(selection, dense, self._work.positions, progress)
 
     @contextlib.contextmanager
     def borrowed(self) -> Iterator[None]:
@@ -125,7 +126,7 @@ class Engine:
             return self._selection.method
         return "exact" if self.config.hidden_act in EXACT_ZEROS and not self._dense else "dense"
 
-    def _use(self, selection: Selection | None, dense: bool, positions: int, progress: Progress = silent) -> None:
+    def _use(self, selection: Selection | None, dense: bool, positions: int, progress: Progress) -> None:
         """Makes the records and the buffers for a selection, and compiles what is not yet there."""
         selection = fitting(self._packed, selection) if selection else None
         layers = layer_records(self._packed, selection, dense)

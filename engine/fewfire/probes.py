@@ -36,7 +36,7 @@ def weights(work: Calibration, kind: str) -> list[float]:
         picked = [_density_for(fit, level) if i in group else 1.0 for i, fit in enumerate(fits)]
 
         def compute(picked: list[float] = picked, number: int = number) -> float:
-            work.model.engine.select(work.selection(probe, {probe: picked}))
+            work.model.engine.select(work.selection(probe, {probe: picked}), progress=work.progress)
             work.progress(f"probing {probe}", number, len(groups))
             return float(damage.measure(work.model, cut, dense).kl.mean())
 

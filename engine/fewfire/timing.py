@@ -30,7 +30,7 @@ def side_by_side(
         raise ValueError(f"a window of {len(window)} tokens is too short to time anything with: at least 8 are needed")
     session, half = model.session(), len(window) // 2
     session.feed(window[: half - 1])
-    model.engine.select(selections[0], dense=selections[0] is None)
+    model.engine.select(selections[0], dense=selections[0] is None, progress=progress)
     start = time.perf_counter()
     session.feed([window[half - 1]])
     fitting = int(_TURN / (time.perf_counter() - start))
@@ -39,7 +39,7 @@ def side_by_side(
     for turn in range(_ROUNDS + 1):
         progress("timing", turn, _ROUNDS + 1)
         for selection, found in zip(selections, seconds, strict=True):
-            model.engine.select(selection, dense=selection is None)
+            model.engine.select(selection, dense=selection is None, progress=progress)
             session.rewind(half)
             start = time.perf_counter()
             for token in tokens:

@@ -86,7 +86,7 @@ class Judge:
 
     def _point(self, method: str, asked: float, picked: Densities) -> Point:
         work, dense = self._work, self.dense
-        work.model.engine.select(work.selection(method, picked))
+        work.model.engine.select(work.selection(method, picked), progress=work.progress)
         found = damage.measure(work.model, self.windows, dense, work.progress, f"measuring {method} at {asked:g}")
         return Point(
             method=method,

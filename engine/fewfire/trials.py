@@ -61,7 +61,7 @@ def trial(work: Calibration, method: str, densities: Densities, tokens: int, sta
     def compute() -> dict[str, Any]:
         cut = some(work.held, tokens)
         dense = work.dense(f"dense-held-{tokens}", cut)
-        work.model.engine.select(work.selection(method, densities))
+        work.model.engine.select(work.selection(method, densities), progress=work.progress)
         found = damage.measure(work.model, cut, dense, work.progress, stage)
         return {**_summary(found), "worse_kl": found.worse_kl}
 

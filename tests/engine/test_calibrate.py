@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +18,7 @@ from fewfire import choosing, timing
 from fewfire.calibrate import calibrate
 from fewfire.calibration import Calibration
 from fewfire.errors import FewfireError
+from fewfire.kernels.compile import Compiled
 from fewfire.model import Model
 from fewfire.observe import Layer
 from fewfire.packed import Packed, open_packed
@@ -42,6 +44,17 @@ def test_a_density_is_what_the_kernels_read(model: Model, method: str) -> None:
     assert (decoded(again) != decoded(Model(open_packed(model.path), 1, dense=True))).any()
     assert store.about(model.packed) == about
     assert not list(model.path.glob(".calibrating*"))
+
+
+def test_every_stage_says_what_is_compiled_for_it(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a probe, a trial or the timing is the first to select something."""
+    stages, compiling = list[str](), "compiling kernels for this CPU (only once)"
+    monkeypatch.setattr(Compiled, "cached", False)
+    calibrate(model, method="down", density=0.5, text=TEXT, progress=lambda stage, *_: stages.append(stage))
+    before = {first.split(" (")[0] for first, second in pairwise(stages) if second == compiling != first}
+    assert before >= {"adjusting down", "measuring dense", "timing"}
+    after = {second.split(" (")[0] for first, second in pairwise(stages) if first == compiling != second}
+    assert after >= {"probing down", "adjusting down", "measuring down", "timing"}
 
 
 def test_density_one_is_dense(model: Model) -> None:

@@ -16,6 +16,7 @@ from fewfire import engine, packed
 from fewfire.checkpoint import open_checkpoint
 from fewfire.config import EXACT_ZEROS, THRESHOLDED
 from fewfire.engine import BATCH
+from fewfire.kernels import neurons, select
 from fewfire.kernels.attention import RANGE
 from fewfire.kernels.compile import Compiled
 from fewfire.model import Model
@@ -267,6 +268,21 @@ def test_says_when_it_compiles(cached: bool, packed_path: PackedPath, monkeypatc
     else:
         assert {stage for stage, _, _ in calls} == {"compiling kernels for this CPU (only once)"}
         assert [done for _, done, _ in calls] == list(range(calls[0][2]))
+
+
+def test_says_when_a_selection_is_the_first_to_need_a_step(
+    packed_path: PackedPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, int, int]] = []
+    model = Model(open_packed(packed_path("llama", "q4")), 1, dense=True)
+    new = {step.__name__ for step in (select.keep, neurons.scatter_kept)}
+    monkeypatch.setattr(Compiled, "cached", property(lambda step: step.__name__ not in new))
+    shape = model.config.num_hidden_layers, model.config.intermediate_size
+    down = Selection("down", down=np.full(shape, 0.1, np.float32))
+    model.engine.select(down, progress=lambda *call: calls.append(call))
+    assert calls == [("compiling kernels for this CPU (only once)", done, 2) for done in (0, 1)]
+    model.engine.select(None, dense=True, progress=lambda *call: calls.append(call))
+    assert len(calls) == 2
 
 
 # --- the real model ---------------------------------------------------------------------------------------------------
