@@ -14,7 +14,7 @@ import pytest
 import fewfire
 import tiny
 from commandline import run
-from fewfire import adapter, sources
+from fewfire import adapter, reference, sources
 from fewfire.checkpoint import open_checkpoint
 from fewfire.sources import AdaptedModel
 from perf import judge, machine, report, results, trained
@@ -119,21 +119,36 @@ def test_what_columns_leave_out_is_not_taken_for_neurons(
     assert shares == [f"{trained.left_out(row):.1%}" for row in found["rows"]]
 
 
-def test_what_is_there_is_not_measured_again(
-    command: Callable[..., dict[str, Any]], sparser: Path, tiny_path: Callable[[str], Path], monkeypatch: Any
+def test_a_result_goes_on_with_another_model(
+    command: Callable[..., dict[str, Any]], sparser: Path, tiny_path: Callable[[str], Path]
 ) -> None:
     first = command("--models", f"a={sparser}")
     again = command("--models", f"a={sparser}", f"b={tiny_path('llama')}", "--resume")
     assert again["rows"][0] == first["rows"][0]
     assert [row["name"] for row in again["rows"]] == ["a", "b"]
     assert {speed["name"] for speed in again["speeds"]} == {"llama", "a", "b"}
-    with monkeypatch.context() as patch:
-        patch.setattr(judge.Judge, "row", lambda *_: pytest.fail("measured again"))
-        patch.setattr(trained, "race", lambda *_: pytest.fail("timed again"))
-        assert command("--models", f"a={sparser}", "--resume") == again
-        monkeypatch.setattr(machine, "_commit", lambda: "def")
-        with pytest.raises(pytest.fail.Exception, match="measured again"):
-            command("--models", f"a={sparser}", "--resume")
+
+
+def test_what_is_there_is_not_measured_again(
+    command: Callable[..., dict[str, Any]], sparser: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = command("--models", f"a={sparser}")
+    monkeypatch.setattr(judge.Judge, "row", lambda *_: pytest.fail("judged again"))
+    monkeypatch.setattr(trained, "race", lambda *_: pytest.fail("timed again"))
+    assert command("--models", f"a={sparser}", "--resume") == first
+
+
+def test_what_another_engine_measured_is_measured_again(
+    command: Callable[..., dict[str, Any]], sparser: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command("--models", f"a={sparser}")
+    monkeypatch.setattr(machine, "_commit", lambda: "def")
+    monkeypatch.setattr(judge.Judge, "row", lambda *_: pytest.fail("judged again"))
+    with pytest.raises(pytest.fail.Exception, match="judged again"):
+        command("--models", f"a={sparser}", "--resume")
+
+
+def test_a_curve_goes_on_with_other_factors(command: Callable[..., dict[str, Any]], sparser: Path) -> None:
     curve = command("--curve", f"a={sparser}", "--factors", 1, "--resume")["curve"]
     more = command("--curve", f"a={sparser}", "--factors", 0.5, "--resume")["curve"]
     assert [point["factor"] for point in more["points"]] == [0.5, 1.0]
@@ -190,10 +205,10 @@ def test_a_model_that_has_changed_is_timed_even_after_an_interruption(
     assert len(timed) == 1
 
 
-def test_neurons_are_counted_as_numpy_does(sparser: Path, texts: list[str], tiny_path: Callable[[str], Path]) -> None:
-    """The share of act(gate) over its thresholds, from the reference's own values."""
-    from fewfire import reference
-
+def test_neurons_are_counted_as_numpy_does(
+    sparser: Path, texts: list[str], tiny_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The share of act(gate) that is zero, from the reference's own values."""
     judging = judge.Judge(str(tiny_path("llama")), "f32", 1, texts, 40)
     share = trained.left_out(judging.row(judging.open(str(sparser))))
     opened = open_checkpoint(sparser)
@@ -205,11 +220,10 @@ def test_neurons_are_counted_as_numpy_does(sparser: Path, texts: list[str], tiny
         seen.append(own(*args))
         return seen[-1]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "activate", noted)
-        for text in judging.texts:
-            for window in text.windows:
-                reference.forward(opened.config, tensors, window[:-1])
+    monkeypatch.setattr(reference, "activate", noted)
+    for text in judging.texts:
+        for window in text.windows:
+            reference.forward(opened.config, tensors, window[:-1])
     assert share == pytest.approx(float(np.mean(np.concatenate(seen) == 0)), abs=2e-3)
 
 
@@ -225,7 +239,9 @@ def test_thresholds_are_scaled(sparser: Path, tiny_path: Callable[[str], Path]) 
         trained.scaled(fewfire.load(tiny_path("llama"), weights="f32", threads=1), 2.0)
 
 
-def test_what_training_took(sparser: Path, tiny_path: Callable[[str], Path], tmp_path: Path, monkeypatch: Any) -> None:
+def test_what_training_took(
+    sparser: Path, tiny_path: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert trained.training(str(sparser)) == {"tokens": 512, "hours": 2.0}
     assert trained.training(str(tiny_path("llama"))) == {}
     path, base = tmp_path / "a.safetensors", open_checkpoint(tiny_path("llama"))
