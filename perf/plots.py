@@ -20,6 +20,7 @@ from perf.trained import left_out
 Result = dict[str, Any]
 
 _COLORS = ("#0b6e99", "#c8553d", "#588157", "#8a5a9e", "#b08900", "#5c677d")  # apart for colour-blind eyes too
+_DASHES = ("-", "--", ":")
 _NOTHING = 0.1  # per cent of perplexity that cannot be told from none
 _STYLE = {
     "font.size": 8,
@@ -174,9 +175,7 @@ def _methods(result: Result) -> Figure:
     for number, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
         curve = sorted((row for row in rows if row["method"] == name), key=lambda row: -row["asked"])
         costs = [max(row["growth_percent"], _NOTHING) for row in curve]
-        style = ("-", "--", ":")[number // len(_COLORS) % 3]
-        color = _COLORS[number % len(_COLORS)]
-        axes.plot([row["speedup"] for row in curve], costs, style, marker=".", color=color, label=name)
+        axes.plot([row["speedup"] for row in curve], costs, marker=".", label=name, **_look(number))
     axes.set_yscale("log")
     axes.set_ylim(_NOTHING, 100)
     _ticks(axes.yaxis, {cost: f"+{cost:g} %" for cost in (0.1, 0.3, 1, 3, 10, 30, 100)})
@@ -191,12 +190,13 @@ def _tradeoff(result: Result) -> Figure | None:
     if not points:
         return None
     figure, axes = plt.subplots(figsize=(6, 4))
-    for number, (color, text) in enumerate(zip(_COLORS, result["texts"], strict=False)):
+    for number, text in enumerate(result["texts"]):
         growth = [max(p["texts"][number]["growth_percent"], _NOTHING) for p in points]
-        axes.plot([left_out(p) for p in points], growth, marker=".", color=color, label=text["label"])
+        look = _look(number)
+        axes.plot([left_out(p) for p in points], growth, marker=".", label=text["label"], **look)
         for row in (row for row in result["rows"] if row["name"] != result["curve"]["name"]):
             at = left_out(row), max(row["texts"][number]["growth_percent"], _NOTHING)
-            axes.plot(*at, "x", color=color)
+            axes.plot(*at, "x", color=look["color"])
             if number == 0:
                 axes.annotate(row["name"], at, (4, -8), textcoords="offset points", fontsize=6)
     axes.set_yscale("log")
@@ -220,13 +220,20 @@ _PICTURES: dict[str, dict[str, Callable[[Result], Figure | None]]] = {
 
 def _curves(axes: Axes, points: list[Result], over: str) -> None:
     """Cost of each engine, the spread as a band, and dashed what its bytes would cost at the streaming bandwidth."""
-    for color, name in zip(_COLORS, dict.fromkeys(p["name"] for p in points), strict=False):
+    for number, name in enumerate(dict.fromkeys(p["name"] for p in points)):
         curve = [p for p in points if p["name"] == name]
         at = [p[over] for p in curve]
         low, middle, high = ([p["milliseconds_per_token"][k] for p in curve] for k in ("min", "median", "max"))
-        axes.plot(at, middle, marker="o", ms=3, color=color, label=name)
-        axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.plot(at, [p["floor_milliseconds"] for p in curve], "--", color=color, linewidth=1, label="its floor")
+        look = _look(number)
+        axes.plot(at, middle, marker="o", ms=3, label=name, **look)
+        axes.fill_between(at, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        floor = [p["floor_milliseconds"] for p in curve]
+        axes.plot(at, floor, "--", color=look["color"], linewidth=1, label="its floor")
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Of a line among others, however many: colours, and the same in other styles when there are no more."""
+    return {"color": _COLORS[number % len(_COLORS)], "linestyle": _DASHES[number // len(_COLORS) % len(_DASHES)]}
 
 
 def _ticks(axis: Axis, labels: dict[float, str]) -> None:

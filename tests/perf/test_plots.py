@@ -69,6 +69,21 @@ MEASURED = {
 }
 
 
+def test_no_text_and_no_engine_is_one_too_many():
+    texts, names = [f"text {i}" for i in range(8)], [f"engine {i}" for i in range(8)]
+    taught = {
+        "texts": [{"label": text} for text in texts],
+        "rows": [],
+        "curve": {"name": "mine", "points": [_judged(read, *range(1, 9)) for read in (1.0, 0.5)]},
+    }
+    grown = {"points": [_point("a", 10**8, c) | {"name": name} for name in names for c in (128, 256)]}
+    for picture, labels in ((plots._tradeoff(taught), texts), (plots._context(grown), names)):
+        lines = {line.get_label(): line for line in picture.axes[0].get_lines()}
+        assert set(labels) <= set(lines)
+        assert len({(lines[label].get_color(), lines[label].get_linestyle()) for label in labels}) == len(labels)
+        plots.plt.close(picture)
+
+
 def test_pictures_are_drawn_and_old_ones_go(tmp_path, monkeypatch):
     (tmp_path / "gone.png").write_bytes(b"")
     written = plots.draw(MEASURED, tmp_path)
