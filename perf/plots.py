@@ -22,7 +22,7 @@ Result = dict[str, Any]
 _COLORS = ("#0b6e99", "#c8553d", "#588157", "#8a5a9e", "#b08900", "#5c677d")  # apart for colour-blind eyes too
 _DASHES = ("-", "--", ":")
 _NOTHING = 0.1  # per cent of perplexity that cannot be told from none
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -69,7 +69,8 @@ def _busy(result: Result) -> Figure:
 
 def _bars(rows: list[tuple[str, str, Result]], label: str) -> Figure:
     """Bars with their spread: names from top to bottom, one colour for each group."""
-    names, groups = (list(dict.fromkeys(row[i] for row in rows)) for i in (0, 1))
+    names = list(dict.fromkeys(name for name, _, _ in rows))
+    groups = list(dict.fromkeys(group for _, group, _ in rows))
     height = 0.8 / len(groups)
     figure, axes = plt.subplots(figsize=(6, 0.6 + 0.21 * len(names) * max(2, len(groups))))
     for number, group in enumerate(groups):
