@@ -28,7 +28,7 @@ from fewfire.errors import FewfireError
 from fewfire.families import FAMILIES, Family, canonical_to
 from fewfire.selectors.trained import NAME, TENSORS
 from fewfire.train.card import NAME as CARD
-from fewfire.train.hfconfig import hf_config
+from fewfire.train.hfconfig import hf_config, with_biases
 from fewfire.train.lora import PROJECTIONS, LowRank, merge, truncated
 from fewfire.train.method import Result
 from fewfire.train.network import Network
@@ -39,13 +39,17 @@ _COPIED = ("tokenizer_config.json", "generation_config.json", "special_tokens_ma
 
 def new_config(network: Network, result: Result) -> ModelConfig:
     """The configuration of the trained model."""
-    return replace(network.config, **result.config)
+    return with_biases(replace(network.config, **result.config))
 
 
 def tensors(network: Network, config: ModelConfig, result: Result) -> dict[str, np.ndarray]:
-    """The weights that a configuration asks for, by canonical name, float32; low-rank updates must have been merged."""
+    """The weights that a configuration asks for, by canonical name, float32; low-rank updates must have been merged.
+
+    Biases that the network does not have are zero.
+    """
+    zeros = {name: torch.zeros(shape) for name, shape in config.shapes().items() if name.endswith(".bias")}
     state = {name: value for name, value in network.state_dict().items() if ".activation." not in name}
-    state |= result.vectors
+    state = {**zeros, **state, **result.vectors}
     return {name: _array(state[name]) for name in config.shapes()}
 
 

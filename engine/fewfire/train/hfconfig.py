@@ -16,13 +16,20 @@ from fewfire.families import FAMILIES, read_config
 _NAMES = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}  # where they differ from ours
 
 
+def with_biases(config: ModelConfig) -> ModelConfig:
+    """With all biases that its config.json says it has: OPT's has one switch for those of all projections."""
+    one_switch = config.architecture == "OPT" and config.ffn_bias
+    return replace(config, qkv_bias=True, o_bias=True) if one_switch else config
+
+
 def hf_config(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Any]:
     """For a checkpoint whose configuration has become `config`. Raises `CheckpointError` where it cannot be said."""
     file = checkpoint.path / "config.json"
     data = read_json(file)[1] if file.is_file() else _written(checkpoint.config)
     family = FAMILIES[config.architecture]
     data[family.activation] = _NAMES.get(config.hidden_act, config.hidden_act)
-    data |= {"torch_dtype": "float16", "norm_relu": config.norm_relu, "mlp_bias": config.ffn_bias}
+    data |= {"torch_dtype": "float16", "norm_relu": config.norm_relu}
+    data["enable_bias" if config.architecture == "OPT" else "mlp_bias"] = config.ffn_bias
     if config.hidden_act in THRESHOLDED:
         data.pop("hidden_act_param", None)  # there is a tensor of them
     if not _says(data, config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,54 @@ def test_every_family_is_read_back(family: str, checkpoint: Callable[[str], Chec
     for name in opened.config.shapes():
         assert np.allclose(again.read(name), opened.read(name), rtol=1e-3, atol=1e-4)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def opt_without_biases(directory: Path) -> tuple[Checkpoint, Network]:
+    """An OPT that has none, and a network of it that has been trained with biases of the FFNs."""
+    opened = open_checkpoint(tiny.write_tiny("opt", directory, enable_bias=False))
+    assert not opened.config.ffn_bias
+    network = Network.from_checkpoint(opened)
+    lora.add_biases(network)
+    lora.choose(network, 3, 0, ("down",))
+    with torch.no_grad():
+        for _, parameter in lora.trainable(network):
+            parameter += 0.1 * torch.randn(parameter.shape)
+            parameter.copy_(parameter.half().float())
+    return opened, network.eval()
+
+
+def test_opt_has_one_switch_for_all_biases(tmp_path: Path) -> None:
+    """Where only the FFNs have any, the others are zero."""
+    opened, network = opt_without_biases(tmp_path / "base")
+    export.write(network, opened, Result(), tmp_path / "out")
+    round_(network)
+    again = open_checkpoint(tmp_path / "out")
+    assert again.config == replace(opened.config, qkv_bias=True, o_bias=True, ffn_bias=True)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["enable_bias"] is True
+    assert not again.read("layers.1.q.bias").any()
+    assert again.read("layers.1.gate.bias").any()
+    wanted = logits(network, IDS)
+    assert np.abs(logits(Network.from_checkpoint(again), IDS) - wanted).max() < CLOSE
+    model = fewfire.load(pack(tmp_path / "out", tmp_path / "packed", "f32"), threads=1)
+    assert np.abs(model.logits(IDS) - wanted).max() < CLOSE
+
+
+def test_transformers_reads_an_opt_that_has_got_biases(tmp_path: Path, peers: Any) -> None:
+    opened, network = opt_without_biases(tmp_path / "base")
+    export.write(network, opened, Result(), tmp_path / "out")
+    round_(network)
+    theirs = peers.logits(peers.from_directory(tmp_path / "out").float(), IDS)
+    assert np.abs(theirs - logits(network, IDS)).max() < CLOSE
+
+
+def test_an_adapter_of_an_opt_has_the_biases_that_moved(tmp_path: Path) -> None:
+    opened, network = opt_without_biases(tmp_path / "base")
+    wanted, path = logits(network, IDS), tmp_path / "adapter.safetensors"
+    export.write_adapter(network, opened, Result(), path, 3, base="tiny", method="plain", about={})
+    adapted = Adapted(opened, open_adapter(path))
+    assert adapted.config == replace(opened.config, ffn_bias=True)
+    assert np.abs(logits(Network.from_checkpoint(adapted), IDS) - wanted).max() < CLOSE
+    assert fewfire.load(pack(tmp_path / "base", tmp_path / "packed", "f32", adapter=path), threads=1).config.ffn_bias
 
 
 def test_transformers_reads_a_relu_model(checkpoint: Callable[[str], Checkpoint], tmp_path: Path, peers: Any) -> None:
