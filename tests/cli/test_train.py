@@ -7,6 +7,7 @@ import time
 import pytest
 
 import tiny
+import tiny_gguf
 from commandline import PROGRAM, run
 from fewfire import sources
 
@@ -122,6 +123,16 @@ def test_an_alias_with_an_adapter_is_not_trained_again(text, tmp_path, monkeypat
     alias = sources.AdaptedModel("tiny-relu", "a test", "smollm2", "tiny-relu.safetensors")
     monkeypatch.setattr(sources, "ADAPTED", {alias.name: alias})
     run("train", "relufy", "tiny-relu", tmp_path / "out", "--text", text).failed(2, "name the model that it was made")
+
+
+def test_a_gguf_that_leaves_only_an_adapter_says_so_at_once(text, tmp_path):
+    gguf, out = tiny_gguf.write_tiny_gguf("llama-llama3", tmp_path / "model.gguf"), tmp_path / "out"
+    command = ("train", "relufy", gguf, out, "--text", text, "--tokens", 300, *SMALL)
+    run(*command).failed(1, "--rank or --adapter")
+    assert not out.exists()
+    assert run(*command, "--rank", 3).code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["adapter.safetensors", "training"]
+    assert run("pack", gguf, tmp_path / "packed", "--adapter", out / "adapter.safetensors").code == 0
 
 
 def test_gelu_models_cannot_have_thresholds(tiny_path, text, tmp_path):

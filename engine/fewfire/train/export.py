@@ -24,7 +24,7 @@ from torch import Tensor
 from fewfire import adapter
 from fewfire.checkpoint import Checkpoint
 from fewfire.config import ModelConfig
-from fewfire.errors import FewfireError
+from fewfire.errors import CheckpointError, FewfireError
 from fewfire.families import FAMILIES, Family, canonical_to
 from fewfire.selectors.trained import NAME, TENSORS
 from fewfire.train.card import NAME as CARD
@@ -53,15 +53,29 @@ def tensors(network: Network, config: ModelConfig, result: Result) -> dict[str, 
     return {name: _array(state[name]) for name in config.shapes()}
 
 
+def check(network: Network, checkpoint: Checkpoint, result: Result, adapter: bool) -> None:
+    """Raises `CheckpointError` if nothing of a training could be written: to be asked before it begins.
+
+    A model that no config.json can describe leaves only an adapter, if one is wanted and can hold the result.
+    """
+    if not adapter or result.sparsity is not None:
+        hf_config(checkpoint, new_config(network, result))
+
+
 def write(network: Network, checkpoint: Checkpoint, result: Result, out: Path, card: str | None = None) -> None:
     """Writes the trained model into `out`, with its card; merges the network's low-rank updates.
 
-    Raises `FewfireError`.
+    Nothing, if there is an adapter and no config.json can describe the model. Raises `FewfireError`.
     """
     merge(network)
     config = new_config(network, result)
     family = FAMILIES[config.architecture]
-    data = hf_config(checkpoint, config)
+    try:
+        data = hf_config(checkpoint, config)
+    except CheckpointError:
+        if (out / ADAPTER).is_file():
+            return
+        raise
     stored = {canonical_to(family.names, k): _stored(family, k, v) for k, v in tensors(network, config, result).items()}
     temporary = out / f".writing-{secrets.token_hex(8)}"
     try:

@@ -33,7 +33,10 @@ def hf_config(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Any]:
     if config.hidden_act in THRESHOLDED:
         data.pop("hidden_act_param", None)  # there is a tensor of them
     if not _says(data, config):
-        raise CheckpointError(f"{checkpoint.path}: a config.json cannot describe this model; train with a --rank")
+        raise CheckpointError(
+            f"{checkpoint.path}: a config.json cannot describe this model, so all that training can leave is "
+            "an adapter: use relufy or plain, with --rank or --adapter"
+        )
     return data
 
 

@@ -163,6 +163,7 @@ def train(
     if options.down:
         lora.add_biases(network)
     recipe = RECIPES[method](Setup(network, corpus, options, steps))
+    export.check(network, checkpoint, recipe.result(), bool(options.rank or options.adapter))
     if options.layerwise:
         recipe = Layerwise(recipe, original, options.layerwise)
     lora.choose(network, options.rank, options.seed, ("down",) if options.down else lora.PROJECTIONS)

@@ -111,6 +111,29 @@ def test_every_family_is_read_back(family: str, checkpoint: Callable[[str], Chec
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
+def test_where_no_config_can_be_written_an_adapter_is_all_there_is(tmp_path: Path) -> None:
+    opened = open_checkpoint(tiny_gguf.write_tiny_gguf("llama-llama3", tmp_path / "model.gguf"))
+    network, result = trained(opened, "threshold", 3)
+    export.check(network, opened, result, adapter=True)
+    with pytest.raises(CheckpointError, match="all that training can leave is an adapter"):
+        export.check(network, opened, result, adapter=False)
+    choosing = METHODS["topk"](Network.from_checkpoint(opened)).result()
+    with pytest.raises(CheckpointError, match="use relufy or plain"):
+        export.check(network, opened, choosing, adapter=True)
+    with pytest.raises(CheckpointError, match="cannot describe this model"):
+        export.write(network, opened, result, tmp_path)
+    path, (network, _) = tmp_path / export.ADAPTER, trained(opened, "threshold", 3)
+    export.write_adapter(network, opened, result, path, 3, base="tiny", method="relufy", about={})
+    export.write(network, opened, result, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter.safetensors", "model.gguf"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_can_be_written_is_known_before(method: str, checkpoint: Callable[[str], Checkpoint]) -> None:
+    network = Network.from_checkpoint(checkpoint("llama"))
+    export.check(network, checkpoint("llama"), METHODS[method](network).result(), adapter=False)
+
+
 def opt_without_biases(directory: Path) -> tuple[Checkpoint, Network]:
     """An OPT that has none, and a network of it that has been trained with biases of the FFNs."""
     opened = open_checkpoint(tiny.write_tiny("opt", directory, enable_bias=False))
