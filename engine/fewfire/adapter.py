@@ -1,7 +1,9 @@
-"""A low-rank adapter: what training changed of a model, in a small file that is merged into it when it is packed.
+"""An adapter: what training changed of a model, in a small file that is merged into it when it is packed.
 
 A safetensors file. `layers.3.gate.A` (r, in) and `layers.3.gate.B` (out, r) mean W += B A for the matrix
-`layers.3.gate.weight` (LoRA, 2106.09685, without a factor of its own); any vector under its canonical name, such as
+`layers.3.gate.weight` (LoRA, 2106.09685, without a factor of its own). `layers.3.down.delta` and `layers.3.down.scale`
+are what a matrix has gained as a whole, in few bits (`deltas.py`), by lines that are its rows, or, of a down matrix,
+its columns: those of a neuron in either case. Any vector under its canonical name, such as
 `layers.3.ffn_norm.weight` or `layers.3.act_threshold.weight`, takes the place of the model's. The entry `fewfire` of
 its metadata is a JSON object: "version", 1; "base", the model that it is for, by name; "digest", of that model's
 weights; "method", how it was made; "config", the fields of `ModelConfig` that change; "about", whatever people should
@@ -25,13 +27,16 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from fewfire import deltas
 from fewfire.checkpoint import Checkpoint, finite, row_range
 from fewfire.config import ModelConfig
 from fewfire.errors import CheckpointError
 from fewfire.fields import Fields
-from fewfire.tensorfile import Entry, read_header, read_metadata, read_rows, readable
+from fewfire.tensorfile import Entry, read_header, read_integers, read_metadata, read_rows, readable
 
 KEY, VERSION = "fewfire", 1
+Shapes = Mapping[str, tuple[int, ...]]
+DELTA = ".delta"
 CHANGES = ("hidden_act", "norm_relu", "ffn_bias")  # fields of a config that an adapter may change
 
 
@@ -67,7 +72,7 @@ def open_adapter(path: Path) -> Adapter:
     if unknown := sorted(set(changes) - set(CHANGES)):
         raise CheckpointError(f"{path}: config: {unknown[0]} cannot be changed; only {', '.join(CHANGES)} can")
     for name, entry in entries.items():
-        if not readable(entry):
+        if not (readable(entry) or (name.endswith(DELTA) and entry.dtype == "U8")):
             raise CheckpointError(f"{path}: tensor {name} is stored as {entry.dtype}; supported: F32, F16, BF16")
     base, weights, method = (fields.text(name) for name in ("base", "digest", "method"))
     return Adapter(path, base, weights, method, changes, said, entries)
@@ -93,9 +98,12 @@ class Adapted:
                 f"{adapter.path}: made for {adapter.base[:80]}, and the weights of {checkpoint.path} are others"
             )
         self.config = _changed(checkpoint.config, adapter)
-        self._low_rank = _check_tensors(checkpoint.config, self.config, adapter)
+        self._low_rank, self._deltas = _check_tensors(checkpoint.config, self.config, adapter)
         for name, entry in adapter.entries.items():  # some megabytes, so that no NaN shows halfway through
-            self._tensor(name, 0, entry.shape[0])
+            if not name.endswith(DELTA):
+                self._tensor(name, 0, entry.shape[0])
+        for name in self._deltas:
+            self._delta(name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """See `Checkpoint.read`."""
@@ -108,6 +116,8 @@ class Adapted:
             part = name.removesuffix(".weight")
             rank = self._adapter.entries[f"{part}.A"].shape[0]
             rows = rows + self._tensor(f"{part}.B", start, stop) @ self._tensor(f"{part}.A", 0, rank)
+        if name in self._deltas:
+            rows = rows + self._delta(name)[start:stop]
         return rows
 
     def tokenizer_json(self) -> str:
@@ -117,6 +127,17 @@ class Adapted:
     def chat_template(self) -> str | None:
         """See `Checkpoint.chat_template`."""
         return self._checkpoint.chat_template()
+
+    def _delta(self, name: str) -> np.ndarray:
+        """What a whole matrix gains, `(out, in)`."""
+        part, (out, into) = name.removesuffix(".weight"), self.config.shapes()[name]
+        packed = read_integers(self._adapter.entries[part + DELTA], "U8")
+        scales = self._tensor(f"{part}.scale", 0, len(packed))
+        try:
+            lines = deltas.decode(packed, scales, out if _by_column(name) else into)
+        except ValueError as error:
+            raise CheckpointError(f"{self._adapter.path}: {part} is damaged ({error}); fetch the file again") from None
+        return lines.T if _by_column(name) else lines
 
     def _tensor(self, name: str, start: int, stop: int) -> np.ndarray:
         return finite(read_rows(self._adapter.entries[name], start, stop), name, self._adapter.path)
@@ -132,13 +153,22 @@ def save(
     config: Mapping[str, Any],
     about: Mapping[str, Any],
 ) -> Adapter:
-    """Writes an adapter for a checkpoint: matrices in float16, vectors in float32.
+    """Writes an adapter for a checkpoint: low-rank matrices in float16, vectors in float32.
 
-    tensors: under their names in the file; config: the fields that change; base, method, about: see the module. Raises
-    `CheckpointError` if what was written could not be merged, and then leaves nothing, or what was there before.
+    tensors: under their names in the file, a delta as the matrix `(out, in)` that it is; config: the fields that
+    change; base, method, about: see the module. Raises `CheckpointError` if what was written could not be merged, and
+    then leaves nothing, or what was there before.
     """
     with np.errstate(over="ignore"):
-        stored = {k: np.ascontiguousarray(v, np.float16 if v.ndim > 1 else np.float32) for k, v in tensors.items()}
+        whole = {k: v for k, v in tensors.items() if k.endswith(DELTA)}
+        stored = {
+            k: np.ascontiguousarray(v, np.float16 if v.ndim > 1 else np.float32)
+            for k, v in tensors.items()
+            if k not in whole
+        }
+    for name, delta in whole.items():
+        part = name.removesuffix(DELTA)
+        stored[name], stored[f"{part}.scale"] = deltas.encode(delta.T if _by_column(part) else delta)
     said = {"version": VERSION, "base": base, "digest": digest(checkpoint), "method": method}
     text = json.dumps({**said, "config": dict(config), "about": dict(about)})
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
@@ -168,20 +198,35 @@ def _changed(config: ModelConfig, adapter: Adapter) -> ModelConfig:
     return changed
 
 
-def _check_tensors(before: ModelConfig, after: ModelConfig, adapter: Adapter) -> set[str]:
-    """The matrices that change, by name. Raises `CheckpointError` for tensors that do not fit, and for missing ones."""
+def _by_column(name: str) -> bool:
+    """Whether a delta's lines are the columns of a matrix."""
+    return name.removesuffix(".weight").endswith(".down")
+
+
+def _check_tensors(before: ModelConfig, after: ModelConfig, adapter: Adapter) -> tuple[set[str], set[str]]:
+    """The matrices that gain something of low rank, and those that gain it as a whole, by name.
+
+    Raises `CheckpointError` for tensors that do not fit, and for missing ones.
+    """
     old, new, found = before.shapes(), after.shapes(), adapter.entries
+    whole = {f"{name.removesuffix(DELTA)}.weight" for name in found if name.endswith(DELTA)}
     low_rank = {f"{name[:-2]}.weight" for name in found if name.endswith((".A", ".B"))}
     expected = {name: new[name] for name in found if name in new and len(new[name]) == 1}
     for name in sorted(low_rank):
         part = name.removesuffix(".weight")
         pair = [found.get(f"{part}.A"), found.get(f"{part}.B")]
-        if len(new.get(name, ())) != 2 or len(old.get(name, ())) != 2:
-            raise CheckpointError(f"{adapter.path}: {part} is no matrix of {adapter.base[:80]}")
+        _check_matrix(name, old, new, adapter)
         if pair[0] is None or pair[1] is None:
             raise CheckpointError(f"{adapter.path}: {part} has one of the tensors A and B, not both")
         rank = pair[0].shape[0] if pair[0].shape else 0
         expected |= {f"{part}.A": (rank, new[name][1]), f"{part}.B": (new[name][0], rank)}
+    for name in sorted(whole):
+        part = name.removesuffix(".weight")
+        _check_matrix(name, old, new, adapter)
+        lines, weights = new[name][::-1] if _by_column(name) else new[name]
+        expected |= {f"{part}{DELTA}": (lines, deltas.width(weights)), f"{part}.scale": (lines,)}
+        if f"{part}.scale" not in found:
+            raise CheckpointError(f"{adapter.path}: {part} has a delta without a scale")
     for name, entry in found.items():
         if name not in expected:
             raise CheckpointError(f"{adapter.path}: tensor {name} is none that {adapter.base[:80]} could have")
@@ -191,4 +236,9 @@ def _check_tensors(before: ModelConfig, after: ModelConfig, adapter: Adapter) ->
             )
     if missing := [name for name in new if name not in old and name not in found]:
         raise CheckpointError(f"{adapter.path}: tensor {missing[0]} is missing, which its config asks for")
-    return low_rank
+    return low_rank, whole
+
+
+def _check_matrix(name: str, old: Shapes, new: Shapes, adapter: Adapter) -> None:
+    if len(new.get(name, ())) != 2 or len(old.get(name, ())) != 2:
+        raise CheckpointError(f"{adapter.path}: {name.removesuffix('.weight')} is no matrix of {adapter.base[:80]}")

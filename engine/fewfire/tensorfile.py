@@ -12,13 +12,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from fewfire.errors import CheckpointError
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_INTEGERS: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "U8": np.dtype("u1")}
 _WIDTHS = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4,
@@ -88,12 +89,12 @@ def read_rows(entry: Entry, start: int, stop: int) -> np.ndarray:
     return data.astype(np.float32, copy=False).reshape(stop - start, *entry.shape[1:])
 
 
-def read_integers(entry: Entry) -> np.ndarray:
-    """A whole tensor of 32-bit integers. Raises `CheckpointError`."""
-    if entry.dtype != "I32":
-        raise CheckpointError(f"{entry.path}: a list of numbers is stored as {entry.dtype}, not as I32")
+def read_integers(entry: Entry, dtype: Literal["I32", "U8"] = "I32") -> np.ndarray:
+    """A whole tensor of integers, which must be stored as `dtype`. Raises `CheckpointError`."""
+    if entry.dtype != dtype:
+        raise CheckpointError(f"{entry.path}: a list of numbers is stored as {entry.dtype}, not as {dtype}")
     try:
-        data = np.fromfile(entry.path, "<i4", math.prod(entry.shape), offset=entry.offset)
+        data = np.fromfile(entry.path, _INTEGERS[dtype], math.prod(entry.shape), offset=entry.offset)
     except OSError as error:
         raise CheckpointError(f"{entry.path}: cannot be read ({error.strerror})") from None
     if data.size != math.prod(entry.shape):

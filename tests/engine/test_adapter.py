@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import fewfire
-from fewfire import adapter, reference, sources
+from fewfire import adapter, deltas, reference, sources
 from fewfire.adapter import Adapted, digest, open_adapter
 from fewfire.checkpoint import Checkpoint, open_checkpoint
 from fewfire.errors import CheckpointError
@@ -75,6 +75,46 @@ def test_every_tensor_is_merged(base: Checkpoint, tmp_path: Path) -> None:
             assert np.abs(values - base.read(name)).max() > 0.01
         else:
             np.testing.assert_array_equal(values, base.read(name))
+
+
+def test_a_delta_is_merged_line_by_line(base: Checkpoint, tmp_path: Path) -> None:
+    """A neuron's weights are a row of gate and a column of down."""
+    random, found = np.random.default_rng(1), dict[str, np.ndarray]()
+    for name in ("gate", "down"):
+        shape = base.config.shapes()[f"layers.1.{name}.weight"]
+        found[f"layers.1.{name}.delta"] = (random.standard_normal(shape) / 10).astype(np.float32)
+    found["layers.1.down.delta"][:, 7] = 0
+    opened = open_adapter(save(tmp_path / "a", base, found, config={}))
+    assert opened.entries["layers.1.gate.delta"].shape == (NEURONS, deltas.width(HIDDEN))
+    assert opened.entries["layers.1.down.delta"].shape == (NEURONS, deltas.width(HIDDEN))
+    merged = Adapted(base, opened)
+    for name in ("gate", "down"):
+        full = f"layers.1.{name}.weight"
+        got, wanted = merged.read(full) - base.read(full), found[f"layers.1.{name}.delta"]
+        assert 0 < np.square(got - wanted).mean() < 0.08 * np.square(wanted).mean()
+        np.testing.assert_array_equal(merged.read(full, 5, 9), merged.read(full)[5:9])
+    np.testing.assert_array_equal(merged.read("layers.1.down.weight")[:, 7], base.read("layers.1.down.weight")[:, 7])
+    np.testing.assert_array_equal(merged.read("layers.0.down.weight"), base.read("layers.0.down.weight"))
+
+
+def test_deltas_that_do_not_fit(base: Checkpoint, tmp_path: Path) -> None:
+    wide = deltas.width(HIDDEN)
+    whole = {
+        "layers.0.up.delta": np.zeros((NEURONS, wide), np.uint8),
+        "layers.0.up.scale": np.ones(NEURONS, np.float32),
+    }
+    for change, words in (
+        ({"layers.0.up.scale": None}, "layers.0.up has a delta without a scale"),
+        ({"layers.0.up.scale": np.ones(3, np.float32)}, "layers.0.up.scale has shape (3,)"),
+        ({"layers.0.up.scale": np.full(NEURONS, np.nan, np.float32)}, "NaN"),
+        ({"layers.0.up.delta": np.zeros((NEURONS, wide - 1), np.uint8)}, "layers.0.up.delta has shape"),
+        ({"layers.0.up.delta": np.full((NEURONS, wide), 216, np.uint8)}, "layers.0.up is damaged (a byte is 216"),
+        ({"layers.0.up.delta": np.zeros((NEURONS, wide), np.float32)}, "stored as F32, not as U8"),
+        ({"layers.0.up.scale": np.zeros(NEURONS, np.uint8)}, "stored as U8"),
+        ({"layers.0.ffn_norm.delta": np.zeros((HIDDEN, 1), np.uint8)}, "layers.0.ffn_norm is no matrix"),
+    ):
+        found = {name: value for name, value in (whole | change).items() if value is not None}
+        refused(rewrite(tmp_path / "a", base, found, {"config": {}}), base, words)
 
 
 def test_packed_with_it(base: Checkpoint, tmp_path: Path) -> None:

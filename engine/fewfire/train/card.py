@@ -145,13 +145,15 @@ def _front(method: str, base: Base) -> str:
     return "\n".join(["---", *lines, *(f"- {tag}" for tag in ("fewfire", "sparse", method)), "---"])
 
 
-def _usage(name: str, base: Base, adapter: str | None, cut: bool) -> str:
+def _usage(name: str, base: Base, adapter: str | None, rounded: bool) -> str:
     packed = shlex.quote(f"{name}-q4")
     text = f"```sh\nfewfire pack {shlex.quote(name)} {packed}\nfewfire chat {packed}\n```"
     if adapter:
         again = f"fewfire pack {shlex.quote(base.name)} {packed} --adapter {adapter}"
-        near = "is near to it, its updates being cut to a low rank (the figures here are not its own)"
-        text += f"\n\nThe small file {adapter} alone, with {base.name}, {near if cut else 'gives the same'}: `{again}`."
+        near = "is near to it, its updates being rounded (the figures here are not its own)"
+        text += (
+            f"\n\nThe small file {adapter} alone, with {base.name}, {near if rounded else 'gives the same'}: `{again}`."
+        )
     return text
 
 

@@ -29,7 +29,7 @@ from fewfire.families import FAMILIES, Family, canonical_to
 from fewfire.selectors.trained import NAME, TENSORS
 from fewfire.train.card import NAME as CARD
 from fewfire.train.hfconfig import hf_config, with_biases
-from fewfire.train.lora import PROJECTIONS, LowRank, merge, truncated
+from fewfire.train.lora import PROJECTIONS, LowRank, merge
 from fewfire.train.method import Result
 from fewfire.train.network import Network
 
@@ -124,7 +124,6 @@ def write_adapter(
     checkpoint: Checkpoint,
     result: Result,
     path: Path,
-    rank: int,
     *,
     base: str,
     method: str,
@@ -132,8 +131,8 @@ def write_adapter(
 ) -> None:
     """Writes the update as an adapter for the original checkpoint, before the network's updates are merged.
 
-    Low-rank updates are written as they are; full ones are cut to a rank by their singular values, which loses
-    something. Raises `ValueError` for a method whose selection is no part of a model's weights: no adapter can have it.
+    Low-rank updates are written as they are, full ones in few bits, which loses something. Raises `ValueError` for a
+    method whose selection is no part of a model's weights: no adapter can have it.
     """
     if result.sparsity is not None:
         raise ValueError(f"an adapter cannot hold what {method} chooses neurons with: use the trained model itself")
@@ -148,7 +147,7 @@ def write_adapter(
                 found[f"{at}{name}.A"], found[f"{at}{name}.B"] = part.A, part.B
             else:
                 original = torch.from_numpy(checkpoint.read(f"{at}{name}.weight")).to(part.weight.device)
-                found[f"{at}{name}.A"], found[f"{at}{name}.B"] = truncated(part.weight.detach() - original, rank)
+                found[f"{at}{name}{adapter.DELTA}"] = part.weight.detach() - original
         for name, value in layer.named_parameters():
             if value.requires_grad and value.ndim == 1:
                 found[at + name] = value

@@ -87,10 +87,3 @@ def merge(network: Network) -> None:
 def trainable(network: Network) -> Iterator[tuple[str, nn.Parameter]]:
     """What moves, by name."""
     return ((name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad)
-
-
-def truncated(update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The A and B whose product is nearest to an update `(out, in)`, by its singular values (Eckart-Young)."""
-    u, s, v = torch.linalg.svd(update, full_matrices=False)
-    root = s[:rank].sqrt()
-    return root[:, None] * v[:rank], u[:, :rank] * root

@@ -91,7 +91,7 @@ def test_an_adapter_is_named() -> None:
     assert "--adapter" not in written()
     assert "fewfire pack smollm2 sparser-q4 --adapter adapter.safetensors" in written(adapter="adapter.safetensors")
     assert "gives the same" in written(adapter="adapter.safetensors", options={"rank": 24})
-    assert "its updates being cut" in written(adapter="adapter.safetensors", options={"adapter": 24})
+    assert "its updates being rounded" in written(adapter="adapter.safetensors", options={"adapter": True})
 
 
 def test_what_is_known_of_the_original(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_where_no_config_can_be_written_an_adapter_is_all_there_is(tmp_path: Pat
     with pytest.raises(CheckpointError, match="cannot describe this model"):
         export.write(network, opened, result, tmp_path)
     path, (network, _) = tmp_path / export.ADAPTER, trained(opened, "threshold", 3)
-    export.write_adapter(network, opened, result, path, 3, base="tiny", method="relufy", about={})
+    export.write_adapter(network, opened, result, path, base="tiny", method="relufy", about={})
     export.write(network, opened, result, tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter.safetensors", "model.gguf"]
 
@@ -175,7 +175,7 @@ def test_transformers_reads_an_opt_that_has_got_biases(tmp_path: Path, peers: An
 def test_an_adapter_of_an_opt_has_the_biases_that_moved(tmp_path: Path) -> None:
     opened, network = opt_without_biases(tmp_path / "base")
     wanted, path = logits(network, IDS), tmp_path / "adapter.safetensors"
-    export.write_adapter(network, opened, Result(), path, 3, base="tiny", method="plain", about={})
+    export.write_adapter(network, opened, Result(), path, base="tiny", method="plain", about={})
     adapted = Adapted(opened, open_adapter(path))
     assert adapted.config == replace(opened.config, ffn_bias=True)
     assert np.abs(logits(Network.from_checkpoint(adapted), IDS) - wanted).max() < CLOSE
@@ -212,34 +212,23 @@ def test_a_config_is_written_for_what_came_as_gguf(family: str, tmp_path: Path) 
 def test_an_adapter_has_the_update(
     method: str, rank: int, checkpoint: Callable[[str], Checkpoint], tmp_path: Path
 ) -> None:
-    """Low-rank updates as they are; full ones here at a rank that loses nothing."""
+    """Low-rank updates as they are; full ones in few bits, near to what they were."""
     opened, path = checkpoint("llama"), tmp_path / "adapter.safetensors"
     network, result = trained(opened, method, rank)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if name.endswith((".A", ".B")):
                 parameter.copy_(parameter.half().float())
-    wanted = logits(network, IDS)
+    wanted, original = logits(network, IDS), logits(Network.from_checkpoint(opened), IDS)
     about = {"tokens": 10}
-    export.write_adapter(network, opened, result, path, 64, base="tiny", method="relufy", about=about)
+    export.write_adapter(network, opened, result, path, base="tiny", method="relufy", about=about)
     adapter = open_adapter(path)
     adapted = Adapted(opened, adapter)
     assert (adapter.base, adapter.method, adapter.about) == ("tiny", "relufy", about)
     errors = np.abs(logits(Network.from_checkpoint(adapted), IDS) - wanted)
-    assert errors.max() < CLOSE if rank else errors.mean() < 0.05
+    assert errors.max() < CLOSE if rank else errors.mean() < 0.35 * np.abs(wanted - original).mean()
     export.write(network, opened, result, tmp_path / "out")
     assert adapted.config == open_checkpoint(tmp_path / "out").config
-
-
-def test_a_full_update_at_a_low_rank_is_near(checkpoint: Callable[[str], Checkpoint], tmp_path: Path) -> None:
-    opened = checkpoint("llama")
-    network, result = trained(opened, "threshold", 0)
-    wanted, errors = logits(network, IDS), []
-    for rank in (1, 8, 32):
-        path = tmp_path / f"{rank}.safetensors"
-        export.write_adapter(network, opened, result, path, rank, base="tiny", method="relufy", about={})
-        errors.append(np.abs(logits(Network.from_checkpoint(Adapted(opened, open_adapter(path))), IDS) - wanted).mean())
-    assert errors[0] > errors[1] > errors[2] > 0
 
 
 def test_what_has_not_moved_is_not_in_an_adapter(checkpoint: Callable[[str], Checkpoint], tmp_path: Path) -> None:
@@ -253,7 +242,7 @@ def test_what_has_not_moved_is_not_in_an_adapter(checkpoint: Callable[[str], Che
             parameter += 0.01 * torch.randn(parameter.shape)
             parameter.copy_(parameter.half().float())
     wanted = logits(network, IDS)
-    export.write_adapter(network, opened, Result(), path, 3, base="tiny", method="plain", about={})
+    export.write_adapter(network, opened, Result(), path, base="tiny", method="plain", about={})
     adapted = Adapted(opened, open_adapter(path))
     names = {name.split(".", 2)[2] for name in open_adapter(path).entries}
     norms = {"attn_norm.weight", "ffn_norm.weight"}
@@ -269,9 +258,7 @@ def test_what_has_not_moved_is_not_in_an_adapter(checkpoint: Callable[[str], Che
 def test_no_adapter_for_a_selection(checkpoint: Callable[[str], Checkpoint], tmp_path: Path) -> None:
     network, result = trained(checkpoint("llama"), "topk", 3)
     with pytest.raises(ValueError, match="an adapter cannot hold"):
-        export.write_adapter(
-            network, checkpoint("llama"), result, tmp_path / "a", 3, base="tiny", method="topk", about={}
-        )
+        export.write_adapter(network, checkpoint("llama"), result, tmp_path / "a", base="tiny", method="topk", about={})
 
 
 def test_config_is_last(
