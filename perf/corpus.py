@@ -29,11 +29,27 @@ from perf.sample import openings
 #: Which files of a package have prose in English.
 PACKAGES = {
     "anarchism": "usr/share/doc/anarchism/html/*.html",
+    "apache2-doc": "usr/share/doc/apache2-doc/manual/en/**/*.html",
+    "bash-doc": "usr/share/doc/bash/*.html",
+    "cmake-doc": "usr/share/doc/cmake-data/html/_sources/*/*.rst.txt",
     "debian-handbook": "usr/share/doc/debian-handbook/html/en-US/*.html",
+    "debian-policy": "usr/share/doc/debian-policy/policy.html/_sources/*.rst.txt",
+    "debian-reference-en": "usr/share/debian-reference/*.html",
+    "ghc-doc": "usr/share/doc/ghc-doc/html/users_guide/**/*.html",
+    "gimp-help-en": "usr/share/gimp/2.0/help/en/*.html",
     "git-doc": "usr/share/doc/git-doc/*.html",
+    "gnucash-docs": "usr/share/doc/gnucash-docs/gnucash-guide-en/*.html",
     "jargon-text": "usr/share/doc/jargon-text/*.txt.gz",
+    "lilypond-doc-html": "usr/share/doc/lilypond/html/Documentation/*/*.html",
+    "linux-doc-6.1": "usr/share/doc/linux-doc-6.1/html/_sources/*/*.rst.txt",
+    "nodejs-doc": "usr/share/doc/nodejs/api/*.html",
+    "octave-doc": "usr/share/doc/octave/octave.html/*.html",
+    "perl-doc": "usr/share/perl/5.36.0/pod/*.pod",
+    "postfix-doc": "usr/share/doc/postfix/html/*.html",
     "postgresql-doc-15": "usr/share/doc/postgresql-doc-15/html/*.html",
+    "r-doc-html": "usr/share/R/doc/manual/*.html",
     "rust-doc": "usr/share/doc/rust-doc/html/reference/*.html",
+    "sqlite3-doc": "usr/share/doc/sqlite3/*.html",
 }
 _BLOCKS = {"p", "div", "h1", "h2", "h3", "h4", "h5", "li", "tr", "br", "pre", "dt", "dd", "blockquote", "table", "ul"}
 _SKIPPED = {"head", "script", "style"}
@@ -85,17 +101,22 @@ def unwrapped(text: str) -> str:
     return "\n\n".join(" ".join(block.split()) for block in blocks if block.strip())
 
 
-def package_text(directory: Path, pattern: str) -> str:
-    """All prose of an unpacked package, its pages in order of their names."""
-    pieces = []
-    for path in sorted(directory.glob(pattern)):
+def package_text(directory: Path, pattern: str, most: int, seed: int) -> str:
+    """The prose of an unpacked package: pages drawn at random until there are so many characters, or all."""
+    pieces: list[str] = []
+    paths = sorted(directory.glob(pattern))
+    for path in random.Random(seed).sample(paths, len(paths)):
+        if sum(map(len, pieces)) >= most:
+            break
         if path.suffix == ".gz":
             pieces.append(unwrapped(gzip.decompress(path.read_bytes()).decode("utf-8", "replace")))
-        else:
+        elif path.suffix == ".html":
             pieces.append(page_text(path.read_text("utf-8", errors="replace")))
+        else:
+            pieces.append(path.read_text("utf-8", errors="replace").replace(APART, " "))
     if not pieces:
         raise SystemExit(f"{directory} has no {pattern}: is the package unpacked there?")
-    return APART.join(pieces)
+    return APART.join(pieces)[:most]
 
 
 def fetch(package: str, directory: Path) -> None:
@@ -147,6 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="directory for the texts")
     parser.add_argument("--packages", nargs="*", default=list(PACKAGES), choices=list(PACKAGES))
     parser.add_argument("--unpacked", type=Path, help="where packages are unpacked already")
+    parser.add_argument("--most", type=int, default=1_000_000, help="characters of a package (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=0, help="tokens that the model says (default: %(default)s)")
     parser.add_argument("--longest", type=int, default=400, help="tokens of a piece (default: %(default)s)")
     parser.add_argument("--model", default="smollm2", help="as for fewfire.load (default: %(default)s)")
@@ -161,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
         for package in options.packages:
             if not options.unpacked:
                 fetch(package, unpacked)
-            prose.append(package_text(unpacked / package, PACKAGES[package]))
+            prose.append(package_text(unpacked / package, PACKAGES[package], options.most, options.seed))
             (options.out / f"{package}.txt").write_text(prose[-1], encoding="utf-8")
             print(f"{package}.txt: {len(prose[-1])} characters", file=sys.stderr)
     if options.samples:

@@ -33,8 +33,9 @@ def text(tmp_path_factory):
     [
         ("relufy", ("--rank", 3, "--sparsity", 0.7, "--layerwise", 0.5)),
         ("relufy", ("--activation", "relu", "--l1", 1, "--labels", 0.5, "--stage", 2)),
-        ("relufy", ("--activation", "shifted", "--shift", 0.3, "--adapter", 4)),
+        ("relufy", ("--activation", "shifted", "--shift", 0.3, "--adapter")),
         ("relufy", ("--rank", 3, "--down")),
+        ("relufy", ("--down", "--reconstruct", "--adapter")),
         ("topk", ("--sparsity", 0.9)),
         ("lte", ("--sparsity", 0.5, "--efficiency", 1)),
         ("plain", ("--labels", 1)),

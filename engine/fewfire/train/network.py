@@ -140,20 +140,30 @@ class Network(nn.Module):
 
     def hidden(self, ids: Tensor, observe: Observer | None = None) -> Tensor:
         """The head's inputs after each token of `(B, T)` ids, `(B, T, hidden)`; `observe` sees every layer's state."""
+        x = self.start(ids)
+        for number in range(self.config.num_hidden_layers):
+            state = self.step(number, x)
+            if observe is not None:
+                observe(number, state)
+            x = state.out
+        return self.final_norm(x)
+
+    def start(self, ids: Tensor) -> Tensor:
+        """The residual stream before the first layer, `(B, T, hidden)`, of `(B, T)` ids."""
         c, T = self.config, ids.shape[1]
         if c.max_position_embeddings < T:
             raise ValueError(f"windows of {T} tokens are longer than the model's {c.max_position_embeddings} positions")
         x = functional.embedding(ids, self.embed.weight)
         if c.embedding_scale != 1.0:
             x = x * c.embedding_scale
-        if self.positions is not None:
-            x = x + self.positions.weight[:T]
-        for i, layer in enumerate(self.layers):
-            state = layer(x, self._turn(c.layer_rope(i), T, x.device), self._mask(c.window(i), T, x.device))
-            if observe is not None:
-                observe(i, state)
-            x = state.out
-        return self.final_norm(x)
+        return x if self.positions is None else x + self.positions.weight[:T]
+
+    def step(self, number: int, x: Tensor) -> LayerState:
+        """What a layer makes of the residual stream before it."""
+        c, T = self.config, x.shape[1]
+        turn, mask = self._turn(c.layer_rope(number), T, x.device), self._mask(c.window(number), T, x.device)
+        state: LayerState = self.layers[number](x, turn, mask)
+        return state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head alone, `(..., hidden)` -> `(..., vocab_size)`: callers hand in as few positions as they need."""

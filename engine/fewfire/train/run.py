@@ -23,11 +23,12 @@ from fewfire.train.layerwise import Layerwise
 from fewfire.train.lte import Lte
 from fewfire.train.method import Method
 from fewfire.train.network import Network
+from fewfire.train.reconstruct import reconstruct
 from fewfire.train.relufy import Kind, Relufy, shift
 from fewfire.train.rise import Rise
 from fewfire.train.teacher import TeacherCache
 from fewfire.train.topk import TopKMethod
-from fewfire.train.trainer import Plan, Trainer
+from fewfire.train.trainer import STATE, Plan, Trainer
 
 TOP = 64  # logits of the teacher that are kept for a token
 SPARSITY = 0.8  # unless another is wanted
@@ -44,7 +45,8 @@ class Options:
     sparsity: float | None = None  # None: 0.8, or what ReLU has by itself
     rank: int = 0  # of the updates; 0: all weights of the projections move
     down: bool = False  # whether of the projections only down moves, besides biases, which a model gets for it
-    adapter: int = 0  # of a full update, to which rank it is written as an adapter besides; 0: it is not
+    reconstruct: bool = False  # whether down starts as what makes up best for what is left out
+    adapter: bool = False  # whether a full update is written as an adapter besides
     rate: float | None = None  # None: 1e-4, or 1e-3 for low-rank updates
     window: int = 512
     batch: int = 2  # windows of a step
@@ -63,9 +65,11 @@ class Options:
         """Raises `ValueError` for what no method can do."""
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise ValueError(f"--sparsity must be between 0 and 1, not {self.sparsity:g}")
-        for name, least in (("tokens", 1), ("window", 2), ("batch", 1), ("rank", 0), ("adapter", 0)):
+        for name, least in (("tokens", 1), ("window", 2), ("batch", 1), ("rank", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        if self.reconstruct and self.rank:
+            raise ValueError("--reconstruct changes all weights of down: leave --rank out")
         if not 0 <= self.labels <= 1:
             raise ValueError(f"--labels must be from 0 to 1, not {self.labels:g}")
         for name in ("layerwise", "l1", "efficiency", "separability"):
@@ -88,8 +92,9 @@ class Setup:
 
     @property
     def rise(self) -> Rise:
-        """The sparsity by step."""
-        return Rise(self.options.sparsity or SPARSITY, self.steps)
+        """The sparsity by step: the wanted one from the beginning if down has been made for it."""
+        end = self.options.sparsity or SPARSITY
+        return Rise(end, self.steps, end) if self.options.reconstruct else Rise(end, self.steps)
 
 
 def relufy(setup: Setup) -> Method:
@@ -164,6 +169,8 @@ def train(
         lora.add_biases(network)
     recipe = RECIPES[method](Setup(network, corpus, options, steps))
     export.check(network, checkpoint, recipe.result(), bool(options.rank or options.adapter))
+    if options.reconstruct and not (out / TRAINING / STATE).exists():
+        reconstruct(network, original, corpus.windows, progress)
     if options.layerwise:
         recipe = Layerwise(recipe, original, options.layerwise)
     lora.choose(network, options.rank, options.seed, ("down",) if options.down else lora.PROJECTIONS)
@@ -198,11 +205,11 @@ def _export(trainer: Trainer, checkpoint: Checkpoint, out: Path, made: card.Made
         "options": asdict(options),
     }
     result = trainer.method.result()
-    rank, path = options.rank or options.adapter, out / export.ADAPTER
-    small = bool(rank) and result.sparsity is None
+    path = out / export.ADAPTER
+    small = bool(options.rank or options.adapter) and result.sparsity is None
     if small:
         base, method = made.base.name, made.method
-        export.write_adapter(trainer.network, checkpoint, result, path, rank, base=base, method=method, about=about)
+        export.write_adapter(trainer.network, checkpoint, result, path, base=base, method=method, about=about)
     readme = card.write(made, entries, path.name if small else None)
     export.write(trainer.network, checkpoint, result, out, readme)
     trainer.forget()
