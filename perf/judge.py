@@ -15,6 +15,7 @@ import fewfire
 from fewfire import damage
 from fewfire.damage import Dense
 from fewfire.windows import windows
+from perf.peers import Request
 from perf.spread import rounded
 from perf.status import progress, say
 from perf.texts import part_of
@@ -58,19 +59,20 @@ class _Counter:
 class Judge:
     """The original with nothing left out, and the texts.
 
-    source: as for `fewfire.load`; texts: files, or shares of their characters (FILE@0.8:1.0), at most so many `tokens`
-    of each; threads: that all decode with.
+    source: as for `fewfire.load`, or what `perf.synthetic` makes; texts: files, or shares of their characters
+    (FILE@0.8:1.0), at most so many `tokens` of each; threads: that all decode with.
     """
 
     def __init__(self, source: str, weights: str, threads: int, texts: Sequence[str], tokens: int) -> None:
-        self.source, self._tokens = source, tokens
-        self.model = fewfire.load(source, weights=weights, threads=threads, dense=True)
+        request = Request(source, threads, 0)
+        self.source, self.label, self._tokens = source, request.label(), tokens
+        self.model = fewfire.load(request.loadable(weights), weights=weights, threads=threads, dense=True)
         self.window = min(_WINDOW, self.model.context)
         self.texts: list[Text] = []
         for text in texts:
             label, content = _read(text)
             cut = self._cut(self.model, content)
-            dense = damage.observe_dense(self.model, cut, progress, f"{Path(source).name} reads {label}")
+            dense = damage.observe_dense(self.model, cut, progress, f"{self.label} reads {label}")
             self.texts.append(Text(label, content, cut, dense))
 
     def _cut(self, model: fewfire.Model, content: str) -> list[list[int]]:

@@ -58,13 +58,13 @@ def _early(packed: Packed, layer: Layer, rank: int) -> Fit:
     return lowrank.fit(packed, layer, rank=rank, inputs=layer.attn_in)
 
 
-def compare(packed: Packed, layer: Layer, ranks: list[int]) -> list[dict[str, Any]]:
+def compare(packed: Packed, layer: Layer, ranks: list[int], densities: list[float]) -> list[dict[str, Any]]:
     """All contenders on one layer."""
     held, down = scores.held_out(len(layer.fired)), layer.tensors["down.weight"]
     fired, energy = layer.fired[held], ffn_energy(packed, layer)[held]
     size = np.abs(fired) * threshold.down_weights(down)
     gate = np.abs(layer.gate[held]) * threshold.gate_weights(None if layer.up is None else layer.up[~held], down)
-    exact = {d: size > np.quantile(size, 1 - d) for d in DENSITIES}
+    exact = {d: size > np.quantile(size, 1 - d) for d in densities}
     of, hidden, neurons = packed.formats, layer.ffn_in.shape[1], fired.shape[1]
     row = row_bytes(of.rows, hidden)
     whole = neurons * (row * (2 if packed.config.gated else 1) + row_bytes(of.down, hidden))
@@ -79,13 +79,13 @@ def compare(packed: Packed, layer: Layer, ranks: list[int]) -> list[dict[str, An
 
     found = [
         judged("exact", 0, exact),
-        judged("gate", neurons * row, {d: gate > np.quantile(gate, 1 - d) for d in DENSITIES}),
+        judged("gate", neurons * row, {d: gate > np.quantile(gate, 1 - d) for d in densities}),
     ]
     for name, fit in contenders(hidden, ranks).items():
         say(f"layer {layer.number}: {name}")
         fitted = fit(packed, layer)
         nbytes = fitted["rows"].nbytes + (fitted["basis"].nbytes if "basis" in fitted else 0)
-        filled = {d: lowrank.fill(packed, [fitted], [d]) for d in DENSITIES}
+        filled = {d: lowrank.fill(packed, [fitted], [d]) for d in densities}
         # A predictor of one layer, so to the mask it is the first.
         first = replace(layer, number=0, ffn_in=layer.attn_in if name.endswith(_EARLY) else layer.ffn_in)
         found.append(judged(name, nbytes, {d: predicted(p, of, first)[held] for d, p in filled.items()}))
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for layer in Observation(packed, cut):
         if layer.number in layers:
-            rows += compare(packed, layer, options.ranks)
+            rows += compare(packed, layer, options.ranks, options.densities)
         if layer.number == max(layers):
             break
     result = {
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         "part": options.part,
         "tokens": sum(map(len, cut)),
         "layers": layers,
-        "densities": list(DENSITIES),
+        "densities": options.densities,
         "rows": rows,
     }
     say("")
@@ -142,6 +142,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8192, help="of the text, from all over it (default: %(default)s)")
     parser.add_argument("--layers", type=int, nargs="+", help="which (default: three)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    parser.add_argument("--densities", type=float, nargs="+", default=list(DENSITIES), help="shares that are kept")
     parser.add_argument("--name", default="predictors", help="of the result; - keeps none (default: %(default)s)")
     return parser.parse_args(argv)
 

@@ -131,7 +131,7 @@ class Report:
         model = judge.model
         self.result: Result = {
             "machine": machine.describe(),
-            "model": Path(judge.source).name,
+            "model": judge.label,
             "digest": store.model_digest(model.packed),
             "weights": model.weights,
             "megabytes_per_token": rounded(model.packed.bytes_per_token() / 1e6),

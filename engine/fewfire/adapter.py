@@ -168,7 +168,8 @@ def save(
         }
     for name, delta in whole.items():
         part = name.removesuffix(DELTA)
-        stored[name], stored[f"{part}.scale"] = deltas.encode(delta.T if _by_column(part) else delta)
+        lines = finite(delta.T if _by_column(part) else delta, name, path)
+        stored[name], stored[f"{part}.scale"] = deltas.encode(lines)
     said = {"version": VERSION, "base": base, "digest": digest(checkpoint), "method": method}
     text = json.dumps({**said, "config": dict(config), "about": dict(about)})
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")

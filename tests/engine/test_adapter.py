@@ -97,6 +97,14 @@ def test_a_delta_is_merged_line_by_line(base: Checkpoint, tmp_path: Path) -> Non
     np.testing.assert_array_equal(merged.read("layers.0.down.weight"), base.read("layers.0.down.weight"))
 
 
+def test_a_delta_that_is_no_number_is_not_written(base: Checkpoint, tmp_path: Path) -> None:
+    delta = np.zeros(base.config.shapes()["layers.0.up.weight"], np.float32)
+    delta[3, 4] = np.nan
+    with pytest.raises(CheckpointError, match=r"layers\.0\.up\.delta"):
+        save(tmp_path / "a", base, {"layers.0.up.delta": delta}, config={})
+    assert not (tmp_path / "a").exists()
+
+
 def test_deltas_that_do_not_fit(base: Checkpoint, tmp_path: Path) -> None:
     wide = deltas.width(HIDDEN)
     whole = {

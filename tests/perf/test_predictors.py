@@ -27,7 +27,7 @@ def test_the_guess_is_not_refined(layer):
 
 
 def test_the_table(layer):
-    rows = predictors.compare(planted.packed("q8"), layer, [64])
+    rows = predictors.compare(planted.packed("q8"), layer, [64], list(predictors.DENSITIES))
     lines = predictors.predictor_table({"rows": rows, "densities": predictors.DENSITIES}).splitlines()[2:]
     lost = {line.split("|")[1].strip(): float(line.split("|")[3].split(",")[0]) for line in lines}
     assert list(lost)[:2] == ["exact", "gate"]
