@@ -73,7 +73,9 @@ def open_adapter(path: Path) -> Adapter:
         raise CheckpointError(f"{path}: config: {unknown[0]} cannot be changed; only {', '.join(CHANGES)} can")
     for name, entry in entries.items():
         if not (readable(entry) or (name.endswith(DELTA) and entry.dtype == "U8")):
-            raise CheckpointError(f"{path}: tensor {name} is stored as {entry.dtype}; supported: F32, F16, BF16")
+            raise CheckpointError(
+                f"{path}: tensor {name} is stored as {entry.dtype}; supported: F32, F16, BF16, and U8 of deltas"
+            )
     base, weights, method = (fields.text(name) for name in ("base", "digest", "method"))
     return Adapter(path, base, weights, method, changes, said, entries)
 
@@ -99,11 +101,11 @@ class Adapted:
             )
         self.config = _changed(checkpoint.config, adapter)
         self._low_rank, self._deltas = _check_tensors(checkpoint.config, self.config, adapter)
-        for name, entry in adapter.entries.items():  # some megabytes, so that no NaN shows halfway through
+        for name, entry in adapter.entries.items():  # so that nothing damaged shows halfway through
             if not name.endswith(DELTA):
                 self._tensor(name, 0, entry.shape[0])
         for name in self._deltas:
-            self._delta(name)
+            self._delta(name, 0, self.config.shapes()[name][0])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """See `Checkpoint.read`."""
@@ -117,7 +119,7 @@ class Adapted:
             rank = self._adapter.entries[f"{part}.A"].shape[0]
             rows = rows + self._tensor(f"{part}.B", start, stop) @ self._tensor(f"{part}.A", 0, rank)
         if name in self._deltas:
-            rows = rows + self._delta(name)[start:stop]
+            rows = rows + self._delta(name, start, stop)
         return rows
 
     def tokenizer_json(self) -> str:
@@ -128,16 +130,17 @@ class Adapted:
         """See `Checkpoint.chat_template`."""
         return self._checkpoint.chat_template()
 
-    def _delta(self, name: str) -> np.ndarray:
-        """What a whole matrix gains, `(out, in)`."""
+    def _delta(self, name: str, start: int, stop: int) -> np.ndarray:
+        """What these rows of a matrix gain, `(stop - start, in)`."""
         part, (out, into) = name.removesuffix(".weight"), self.config.shapes()[name]
         packed = read_integers(self._adapter.entries[part + DELTA], "U8")
         scales = self._tensor(f"{part}.scale", 0, len(packed))
         try:
-            lines = deltas.decode(packed, scales, out if _by_column(name) else into)
+            if _by_column(name):
+                return deltas.decode(packed, scales, out).T[start:stop]
+            return deltas.decode(packed[start:stop], scales[start:stop], into)
         except ValueError as error:
             raise CheckpointError(f"{self._adapter.path}: {part} is damaged ({error}); fetch the file again") from None
-        return lines.T if _by_column(name) else lines
 
     def _tensor(self, name: str, start: int, stop: int) -> np.ndarray:
         return finite(read_rows(self._adapter.entries[name], start, stop), name, self._adapter.path)
@@ -153,7 +156,7 @@ def save(
     config: Mapping[str, Any],
     about: Mapping[str, Any],
 ) -> Adapter:
-    """Writes an adapter for a checkpoint: low-rank matrices in float16, vectors in float32.
+    """Writes an adapter for a checkpoint: low-rank matrices in float16, deltas in few bits, vectors in float32.
 
     tensors: under their names in the file, a delta as the matrix `(out, in)` that it is; config: the fields that
     change; base, method, about: see the module. Raises `CheckpointError` if what was written could not be merged, and

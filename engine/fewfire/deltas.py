@@ -1,8 +1,8 @@
 """What training has added to a matrix, in few bits: six levels for a weight, three weights in a byte.
 
 What was added needs far fewer bits than a weight does: one (BitDelta, 2402.10193) for large models, here 2.7. A line,
-all weights of one neuron in the matrix, has a scale of its own, since neurons that fire often move further: weight =
-scale * (code - 2.5) with codes 0 to 5, and a byte holds code + 6 * code + 36 * code. Knows nothing of files.
+all weights of one neuron in the matrix, has a scale of its own: weight = scale * (code - 2.5) with codes 0 to 5, and a
+byte holds code + 6 * code + 36 * code. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def _codes(lines: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def decode(packed: np.ndarray, scales: np.ndarray, weights: int) -> np.ndarray:
-    """`(lines, weights)` float32. Raises `ValueError` for a byte that stands for nothing."""
+    """Lines `(lines, weights)` float32 of what `encode` gave. Raises `ValueError` for a byte that stands for nothing.
+
+    packed: `(lines, width(weights))` uint8; scales: `(lines,)` float32.
+    """
     if packed.max(initial=0) >= LEVELS**IN_A_BYTE:
         raise ValueError(f"a byte is {packed.max()}, expected less than {LEVELS**IN_A_BYTE}")
     codes = np.stack([packed // LEVELS**i % LEVELS for i in range(IN_A_BYTE)], axis=2).reshape(len(packed), -1)

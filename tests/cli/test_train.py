@@ -36,6 +36,7 @@ def text(tmp_path_factory):
         ("relufy", ("--activation", "shifted", "--shift", 0.3, "--adapter")),
         ("relufy", ("--rank", 3, "--down")),
         ("relufy", ("--down", "--reconstruct", "--adapter")),
+        ("relufy", ("--reconstruct", "--sparsity", 0.7, "--adapter")),
         ("topk", ("--sparsity", 0.9)),
         ("lte", ("--sparsity", 0.5, "--efficiency", 1)),
         ("plain", ("--labels", 1)),
@@ -101,6 +102,9 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(model, text, tmp_path)
         (("--sparsity", 1.5), 2, ["--sparsity must be between 0 and 1"]),
         (("--tokens", 0), 2, ["--tokens must be at least 1"]),
         (("--rank", 4096, "--window", 32), 2, ["rank must be"]),
+        (("--rank", 3, "--reconstruct"), 2, ["leave --rank out"]),
+        (("--rank", 3, "--adapter"), 2, ["leave --adapter out"]),
+        (("--activation", "relu", "--sparsity", 0.9, "--reconstruct"), 2, ["ReLU's own zeros"]),
         (("--labels", 2), 2, ["--labels must be from 0 to 1"]),
         (("--l1", -1), 2, ["--l1 must be 0 or more"]),
         (("--window", 200), 2, ["longer than the model's"]),
@@ -110,6 +114,12 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(model, text, tmp_path)
 def test_mistakes(model, text, tmp_path, args, code, words):
     run("train", "relufy", model, tmp_path / "out", "--text", text, *args).failed(code, *words)
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("method", ["topk", "lte", "plain"])
+def test_only_relufy_reconstructs(method, model, text, tmp_path):
+    result = run("train", method, model, tmp_path / "out", "--text", text, "--reconstruct", *SMALL)
+    result.failed(2, "--reconstruct is for relufy")
 
 
 def test_texts_that_cannot_be_used(model, tmp_path):

@@ -24,7 +24,7 @@ NAME = "README.md"
 _LICENSE = re.compile(r"\A---\n(?:(?!---$).*\n)*?license: *[\"']?([\w.-]+)[\"']? *\n", re.MULTILINE)
 _HOW = {
     "threshold": "An activation keeps its value where that is large, and is exactly zero elsewhere (CATS, 2404.08763):"
-    " over a threshold for each neuron, which rose while the model adapted.",
+    " over a threshold for each neuron",
     "relu": "ReLU took the place of the FFN's activation (ReLU Strikes Back, 2310.04564).",
     "shifted": "ReLU(x - b) took the place of the FFN's activation (ReLU Strikes Back, 2310.04564).",
     "topk": "A token keeps the k neurons of a layer with the largest abs(act(gate)) (The Lazy Neuron Phenomenon,"
@@ -108,7 +108,15 @@ def write(made: Made, entries: Entries, adapter: str | None) -> str:
     method, base, options, held_out = made.method, made.base, made.options, made.held_out
     steps, measured = log.steps(entries), log.measurements(entries)
     last, original = measured[-1], measured[0]["original"]
-    how = _HOW[options.get("activation", "threshold") if method == "relufy" else method]
+    kind = options.get("activation", "threshold") if method == "relufy" else method
+    how = _HOW[kind]
+    if kind == "threshold":
+        how += "." if "reconstruct" in options else ", which rose while the model adapted."
+    if "reconstruct" in options:
+        how += (
+            " Down projections began as least squares over text of the same files, so as to make up for what is left"
+            " out; tokens and hours are those of the training that followed."
+        )
     if options.get("stage") == 2:
         how += " ReLUs come after the norms as well."
     share = options.get("labels", 0.0)

@@ -1,10 +1,10 @@
 """Down projections that make up for what their layer's activation leaves out: least squares, layer after layer.
 
-The rows of a layer's down matrix are the coefficients of a linear regression: of what the original's residual stream is
-after the layer, less what the sparse model has before the FFN, on what its neurons give. Each layer sees what the
-layers before it have become, so that it corrects their errors as well (as SparseGPT, 2301.00774, does for weights that
-are left out; section 3.1 has the regression). No backward pass, and each token counts for as many equations as the
-stream has dimensions, where a step of distillation has one number for all of its tokens.
+The rows of a layer's down matrix are the coefficients of a linear regression on what its neurons give: of the
+original's residual stream after the layer, less what the sparse model has before the FFN. So each layer corrects what
+those before it have lost as well; SparseGPT (2301.00774, section 3.1) has the same regression of a dense layer on the
+same inputs. No backward pass, and each token counts for as many equations as the stream has dimensions, where a step of
+distillation has one number for all of its tokens.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ _WINDOWS = 4  # of a forward pass
 
 @torch.no_grad()
 def reconstruct(network: Network, original: Network, windows: np.ndarray, progress: Progress = silent) -> None:
-    """Changes the down matrices and biases of a network to be near to an original one on `(windows, T)` ids.
+    """Changes the down matrices and biases of a network, which must have some, to be near to an original one.
 
-    Raises `ValueError` for a model that norms what down gives: its regression would not be linear.
+    windows: `(windows, T)` ids to be near on, `TOKENS` of them at most. Raises `ValueError` for a model that norms what
+    down gives: its regression would not be linear.
     """
     if any(layer.ffn_post_norm is not None for layer in network.layers):
         raise ValueError("--reconstruct needs a model that adds what down gives to the stream as it is")
@@ -60,8 +61,6 @@ def fit(down: nn.Linear, inputs: list[Inputs], wanted: list[Tensor]) -> None:
 
     Errors are divided by the size of a token's stream, which the next norm does, too.
     """
-    if down.bias is None:
-        down.bias = nn.Parameter(down.weight.new_zeros(down.weight.shape[0]))
     neurons = down.weight.shape[1]
     gram = down.weight.new_zeros(neurons + 1, neurons + 1)
     missing = down.weight.new_zeros(neurons + 1, down.weight.shape[0])
@@ -71,7 +70,7 @@ def fit(down: nn.Linear, inputs: list[Inputs], wanted: list[Tensor]) -> None:
         gram += rows.T @ rows
         missing += rows.T @ ((target - before - down(fired)) / size).flatten(0, 1)
     diagonal = gram.diagonal()[:-1]
-    diagonal += RIDGE * diagonal.mean()
+    diagonal += (RIDGE * diagonal.mean()).clamp_min(1e-20)  # a layer may be silent
     change = torch.linalg.solve(gram.double(), missing.double()).to(gram.dtype)
     down.weight += change[:-1].T
     down.bias += change[-1]

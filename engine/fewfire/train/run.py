@@ -70,6 +70,10 @@ class Options:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         if self.reconstruct and self.rank:
             raise ValueError("--reconstruct changes all weights of down: leave --rank out")
+        if self.reconstruct and self.activation != "threshold" and self.sparsity is not None:
+            raise ValueError("--reconstruct makes up for ReLU's own zeros, not for those of a --sparsity at the end")
+        if self.adapter and self.rank:
+            raise ValueError("--rank leaves an adapter anyway: leave --adapter out")
         if not 0 <= self.labels <= 1:
             raise ValueError(f"--labels must be from 0 to 1, not {self.labels:g}")
         for name in ("layerwise", "l1", "efficiency", "separability"):
@@ -152,6 +156,8 @@ def train(
     options.check()
     if options.adapter and method in ("topk", "lte"):
         raise ValueError(f"no adapter can hold what {method} chooses neurons with: leave --adapter out")
+    if options.reconstruct and method != "relufy":
+        raise ValueError(f"--reconstruct is for relufy, not for {method}")
     if adapter_of(source):
         raise ValueError(f"{source} has been trained already: name the model that it was made from")
     if (out / "config.json").exists():
@@ -165,7 +171,7 @@ def train(
     key = f"{fingerprint(path)}-{corpus.key()}-{TOP}"
     teacher = TeacherCache(cache_dir() / "teachers" / key, original, corpus.windows, TOP, key)
     steps = max(1, options.tokens // (options.batch * corpus.windows.shape[1]))
-    if options.down:
+    if options.down or options.reconstruct:
         lora.add_biases(network)
     recipe = RECIPES[method](Setup(network, corpus, options, steps))
     export.check(network, checkpoint, recipe.result(), bool(options.rank or options.adapter))

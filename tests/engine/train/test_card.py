@@ -87,6 +87,15 @@ def test_what_it_learnt_from() -> None:
     assert "It learnt from the text's next tokens." in written(options={"labels": 1.0})
 
 
+def test_how_down_began() -> None:
+    assert "rose while" in written()
+    assert "least squares" not in written()
+    fitted = written(options={"reconstruct": True})
+    assert "least squares" in fitted
+    assert "rose while" not in fitted
+    assert "thresholds" not in written(options={"reconstruct": True, "activation": "relu"})
+
+
 def test_an_adapter_is_named() -> None:
     assert "--adapter" not in written()
     assert "fewfire pack smollm2 sparser-q4 --adapter adapter.safetensors" in written(adapter="adapter.safetensors")
