@@ -156,6 +156,8 @@ def train(
         raise ValueError(f"{source} has been trained already: name the model that it was made from")
     if (out / "config.json").exists():
         raise ValueError(f"{out} has a model already: choose another directory")
+    if (out / export.ADAPTER).exists() and not (out / TRAINING / STATE).exists():
+        raise ValueError(f"{out} has an adapter already: choose another directory")
     path = resolve(source, progress)
     checkpoint = open_checkpoint(path)
     corpus = _corpus(checkpoint, texts, held_out, options)
