@@ -213,7 +213,7 @@ def _export(trainer: Trainer, checkpoint: Checkpoint, out: Path, made: card.Made
         base, method = made.base.name, made.method
         export.write_adapter(trainer.network, checkpoint, result, path, base=base, method=method, about=about)
     readme = card.write(made, entries, path.name if small else None)
-    export.write(trainer.network, checkpoint, result, out, readme)
+    export.write(trainer.network, checkpoint, result, out, readme, with_adapter=small)
     trainer.forget()
 
 
