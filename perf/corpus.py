@@ -2,10 +2,12 @@
 
 Prose out of Debian's documentation packages, one file each, and what a model says by itself (said.txt), which is what
 distillation asks for: text on which the original knows what it would say. Packages are fetched with `apt-get download`,
-or taken from a directory in which they have been unpacked already (`--unpacked DIR`, with DIR/anarchism/usr/...).
-Pieces of a file that have nothing to do with each other have a form feed between them. Of what the model says, the
-beginnings are the first words of paragraphs of the prose, the openings of `perf/sample.py`, and questions of these in
-the model's chat format. An interrupted run goes on with the next piece.
+or taken from a directory in which they have been unpacked already (`--unpacked DIR`, with DIR/anarchism/usr/...). Of
+each, pages are drawn at random until there are `--most` characters; the last is cut off. HTML becomes plain text, while
+sources in reStructuredText or POD come in as they are, markup and all. Pieces of a file that have nothing to do with
+each other have a form feed between them. Of what the model says, the beginnings are the first words of paragraphs of
+the prose, the openings of `perf/sample.py`, and questions of these in the model's chat format. An interrupted run goes
+on with the next piece.
 """
 
 from __future__ import annotations

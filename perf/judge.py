@@ -79,10 +79,14 @@ class Judge:
         return windows(model.tokenizer, model.config, content, self.window, self._tokens)
 
     def open(self, source: str) -> fewfire.Model:
-        """A model to be judged. Raises `ValueError` for one of other tokens or of another number format."""
-        model = fewfire.load(source, weights=self.model.weights, threads=self.model.engine.threads)
-        if model.weights != self.model.weights:
-            raise ValueError(f"{source} is packed as {model.weights}, not {self.model.weights}: pass --weights")
+        """A model to be judged, from a source like the original's.
+
+        Raises `ValueError` for one of other tokens or of another number format.
+        """
+        weights, threads = self.model.weights, self.model.engine.threads
+        model = fewfire.load(Request(source, threads, 0).loadable(weights), weights=weights, threads=threads)
+        if model.weights != weights:
+            raise ValueError(f"{source} is packed as {model.weights}, not {weights}: pass --weights")
         if any(self._cut(model, text.content) != text.windows for text in self.texts):
             raise ValueError(f"{source} has other tokens than {self.source}, so they cannot be compared")
         return model

@@ -20,7 +20,7 @@ from perf.trained import left_out
 Result = dict[str, Any]
 
 _COLORS = ("#0b6e99", "#c8553d", "#588157", "#8a5a9e", "#b08900", "#5c677d")  # apart for colour-blind eyes too
-_DASHES = ("-", "--", ":")
+_DASHES = ("-", "-.", ":")  # "--" is what a floor has
 _NOTHING = 0.1  # per cent of perplexity that cannot be told from none
 _STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -233,7 +233,7 @@ def _curves(axes: Axes, points: list[Result], over: str) -> None:
 
 
 def _look(number: int) -> dict[str, Any]:
-    """Of a line among others, however many: colours, and the same in other styles when there are no more."""
+    """Of a line among others, up to eighteen: six colours, and the same in two more styles when there are no more."""
     return {"color": _COLORS[number % len(_COLORS)], "linestyle": _DASHES[number // len(_COLORS) % len(_DASHES)]}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def train(
     """
     if plot:
         from fewfire.train.curves import draw  # at once, so that a missing matplotlib is not told after hours of work
-    from fewfire.train import log
+    from fewfire.train import export, log
     from fewfire.train.run import TRAINING, Options
     from fewfire.train.run import train as run
 
@@ -84,6 +85,9 @@ def train(
     if plot:
         draw(entries, plot, f"{method} of {model}")
         terminal.note(f"wrote {plot}")
+    if not (out / "config.json").exists():
+        use = shlex.join(["fewfire", "pack", model, "PACKED", "--adapter", str(out / export.ADAPTER)])
+        terminal.note(f"only an adapter was written, as no config.json can describe this model; to use it: {use}")
     click.echo(_summary(log.measurements(entries)))
 
 

@@ -68,7 +68,7 @@ class Calibration:
         if name not in self._said:
             found = self.notebook.arrays(name)
             if found is None:
-                self.model.engine.select(None, dense=True)
+                self.model.engine.select(None, dense=True, progress=self.progress)
                 found = vars(damage.observe_dense(self.model, cut, self.progress))
                 self.notebook.keep(name, **found)
             self._said[name] = Dense(**found)

@@ -119,7 +119,7 @@ def compare(
         raise ValueError("nothing is left out, so there is nothing to compare: run `fewfire calibrate` on the model")
     cut = _cut(model, text, window, limit)
     with engine.borrowed():
-        engine.select(None, dense=True)
+        engine.select(None, dense=True, progress=progress)
         dense = damage.observe_dense(model, cut, progress)
     found = damage.measure(model, cut, dense, progress, f"measuring {method}")
     nll = -float(dense.target.mean())

@@ -92,7 +92,7 @@ def read_rows(entry: Entry, start: int, stop: int) -> np.ndarray:
 def read_integers(entry: Entry, dtype: Literal["I32", "U8"] = "I32") -> np.ndarray:
     """A whole tensor of integers, which must be stored as `dtype`. Raises `CheckpointError`."""
     if entry.dtype != dtype:
-        raise CheckpointError(f"{entry.path}: a list of numbers is stored as {entry.dtype}, not as {dtype}")
+        raise CheckpointError(f"{entry.path}: a tensor of integers is stored as {entry.dtype}, not as {dtype}")
     try:
         data = np.fromfile(entry.path, _INTEGERS[dtype], math.prod(entry.shape), offset=entry.offset)
     except OSError as error:

@@ -66,7 +66,7 @@ class Judge:
     @cached_property
     def dense(self) -> Dense:
         """What the dense model says."""
-        self._work.model.engine.select(None, dense=True)
+        self._work.model.engine.select(None, dense=True, progress=self._work.progress)
         return damage.observe_dense(self._work.model, self.windows, self._work.progress)
 
     @property

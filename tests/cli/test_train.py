@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import shlex
 import signal
 import subprocess
 import time
@@ -141,9 +142,16 @@ def test_a_gguf_that_leaves_only_an_adapter_says_so_at_once(text, tmp_path):
     command = ("train", "relufy", gguf, out, "--text", text, "--tokens", 300, *SMALL)
     run(*command).failed(1, "--rank or --adapter")
     assert not out.exists()
-    assert run(*command, "--rank", 3).code == 0
+    trained = run(*command, "--rank", 3)
+    assert trained.code == 0, trained
     assert sorted(path.name for path in out.iterdir()) == ["adapter.safetensors", "training"]
-    assert run("pack", gguf, tmp_path / "packed", "--adapter", out / "adapter.safetensors").code == 0
+    adapter = (out / "adapter.safetensors").read_bytes()
+    (use,) = (line for line in trained.err.splitlines() if line.startswith("only an adapter was written"))
+    program, *words = shlex.split(use.partition("to use it: ")[2])
+    assert program == "fewfire"
+    assert run(*(tmp_path / "packed" if word == "PACKED" else word for word in words)).code == 0
+    run(*command, "--rank", 3).failed(2, "has an adapter already")
+    assert (out / "adapter.safetensors").read_bytes() == adapter
 
 
 def test_gelu_models_cannot_have_thresholds(tiny_path, text, tmp_path):

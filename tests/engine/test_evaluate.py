@@ -133,8 +133,9 @@ class Blurred(Bigram):
         finally:
             self.selected = True
 
-    def select(self, selection, dense):
+    def select(self, selection, dense, progress):
         assert (selection, dense) == (None, True)
+        progress("compiling", 0, 1)
         self.selected = False
 
     def logits_after(self, tokens):
@@ -173,6 +174,7 @@ def test_comparison_by_hand():
     assert result.growth == pytest.approx(result.ppl / result.dense_ppl - 1)
     assert result.tokens == len(read)
     assert (result.method, result.bytes_per_token, result.dense_bytes_per_token) == ("blur", 60, 100)
+    assert calls[0] == ("compiling", 0, 1)
     assert calls[-1] == ("measuring blur", len(read), len(read))
 
 

@@ -70,17 +70,19 @@ MEASURED = {
 
 
 def test_no_text_and_no_engine_is_one_too_many():
-    texts, names = [f"text {i}" for i in range(8)], [f"engine {i}" for i in range(8)]
+    texts, names = [f"text {i}" for i in range(18)], [f"engine {i}" for i in range(18)]
     taught = {
         "texts": [{"label": text} for text in texts],
         "rows": [],
-        "curve": {"name": "mine", "points": [_judged(read, *range(1, 9)) for read in (1.0, 0.5)]},
+        "curve": {"name": "mine", "points": [_judged(read, *range(1, 19)) for read in (1.0, 0.5)]},
     }
     grown = {"points": [_point("a", 10**8, c) | {"name": name} for name in names for c in (128, 256)]}
     for picture, labels in ((plots._tradeoff(taught), texts), (plots._context(grown), names)):
-        lines = {line.get_label(): line for line in picture.axes[0].get_lines()}
-        assert set(labels) <= set(lines)
-        assert len({(lines[label].get_color(), lines[label].get_linestyle()) for label in labels}) == len(labels)
+        drawn = [(line.get_label(), line.get_color(), line.get_linestyle()) for line in picture.axes[0].get_lines()]
+        looks = {label: look for label, *look in drawn if label != "its floor"}
+        floors = [look for label, *look in drawn if label == "its floor"]
+        assert list(looks) == labels
+        assert all(list(looks.values()).count(look) == 1 and look not in floors for look in looks.values())
         plots.plt.close(picture)
 
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import fewfire
+import tiny
 from fewfire import reference
 from fewfire.checkpoint import open_checkpoint
 from fewfire.families import read_config
 from perf import decode, shapes, synthetic
+from perf.judge import Judge
 from perf.peers import Request, load_all
 from perf.randomweights import RandomWeights, firing
 
@@ -91,6 +93,15 @@ def test_the_harness_takes_the_directory_and_tells_that_it_is_random(made, capsy
     assert result["model"].startswith("nano shape, random weights, ")
     assert [row["name"] for row in result["starts"]] == ["fewfire:q8"]
     assert str(made) not in json.dumps(result)
+
+
+def test_it_is_judged_beside_itself(made, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.PARAGRAPH)
+    judging = Judge(str(made), "q8", 1, [str(text)], 40)
+    row = judging.row(judging.open(str(made)))
+    assert row["rows_read"]["down"] == pytest.approx(0.2, abs=0.05), "what ReLU leaves"
+    assert row["texts"][0]["growth_percent"] == pytest.approx(0, abs=0.1)
 
 
 def test_the_harness_goes_on_with_random_tokens(made, monkeypatch):

@@ -53,19 +53,28 @@ def tensors(network: Network, config: ModelConfig, result: Result) -> dict[str, 
     return {name: _array(state[name]) for name in config.shapes()}
 
 
-def check(network: Network, checkpoint: Checkpoint, result: Result, adapter: bool) -> None:
+def check(network: Network, checkpoint: Checkpoint, result: Result, with_adapter: bool) -> None:
     """Raises `CheckpointError` if nothing of a training could be written: to be asked before it begins.
 
     A model that no config.json can describe leaves only an adapter, if one is wanted and can hold the result.
     """
-    if not adapter or result.sparsity is not None:
+    if not with_adapter or result.sparsity is not None:
         hf_config(checkpoint, new_config(network, result))
 
 
-def write(network: Network, checkpoint: Checkpoint, result: Result, out: Path, card: str | None = None) -> None:
+def write(
+    network: Network,
+    checkpoint: Checkpoint,
+    result: Result,
+    out: Path,
+    card: str | None = None,
+    *,
+    with_adapter: bool = False,
+) -> None:
     """Writes the trained model into `out`, with its card; merges the network's low-rank updates.
 
-    Nothing, if there is an adapter and no config.json can describe the model. Raises `FewfireError`.
+    with_adapter: whether the update has been written as an adapter, which is enough where no config.json can describe
+    the model: then nothing is written. Raises `FewfireError`.
     """
     merge(network)
     config = new_config(network, result)
@@ -73,7 +82,7 @@ def write(network: Network, checkpoint: Checkpoint, result: Result, out: Path, c
     try:
         data = hf_config(checkpoint, config)
     except CheckpointError:
-        if (out / ADAPTER).is_file():
+        if with_adapter:
             return
         raise
     stored = {canonical_to(family.names, k): _stored(family, k, v) for k, v in tensors(network, config, result).items()}

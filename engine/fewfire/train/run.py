@@ -162,6 +162,8 @@ def train(
         raise ValueError(f"{source} has been trained already: name the model that it was made from")
     if (out / "config.json").exists():
         raise ValueError(f"{out} has a model already: choose another directory")
+    if (out / export.ADAPTER).exists() and not (out / TRAINING / STATE).exists():
+        raise ValueError(f"{out} has an adapter already: choose another directory")
     path = resolve(source, progress)
     checkpoint = open_checkpoint(path)
     corpus = _corpus(checkpoint, texts, held_out, options)
@@ -217,7 +219,7 @@ def _export(trainer: Trainer, checkpoint: Checkpoint, out: Path, made: card.Made
         base, method = made.base.name, made.method
         export.write_adapter(trainer.network, checkpoint, result, path, base=base, method=method, about=about)
     readme = card.write(made, entries, path.name if small else None)
-    export.write(trainer.network, checkpoint, result, out, readme)
+    export.write(trainer.network, checkpoint, result, out, readme, with_adapter=small)
     trainer.forget()
 
 

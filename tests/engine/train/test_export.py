@@ -114,24 +114,24 @@ def test_every_family_is_read_back(family: str, checkpoint: Callable[[str], Chec
 def test_where_no_config_can_be_written_an_adapter_is_all_there_is(tmp_path: Path) -> None:
     opened = open_checkpoint(tiny_gguf.write_tiny_gguf("llama-llama3", tmp_path / "model.gguf"))
     network, result = trained(opened, "threshold", 3)
-    export.check(network, opened, result, adapter=True)
+    export.check(network, opened, result, with_adapter=True)
     with pytest.raises(CheckpointError, match="all that training can leave is an adapter"):
-        export.check(network, opened, result, adapter=False)
+        export.check(network, opened, result, with_adapter=False)
     choosing = METHODS["topk"](Network.from_checkpoint(opened)).result()
     with pytest.raises(CheckpointError, match="use relufy or plain"):
-        export.check(network, opened, choosing, adapter=True)
-    with pytest.raises(CheckpointError, match="cannot describe this model"):
-        export.write(network, opened, result, tmp_path)
-    path, (network, _) = tmp_path / export.ADAPTER, trained(opened, "threshold", 3)
+        export.check(network, opened, choosing, with_adapter=True)
+    path = tmp_path / export.ADAPTER
     export.write_adapter(network, opened, result, path, base="tiny", method="relufy", about={})
-    export.write(network, opened, result, tmp_path)
+    with pytest.raises(CheckpointError, match="cannot describe this model"):
+        export.write(network, opened, result, tmp_path)  # whose adapter that is, the caller knows
+    export.write(network, opened, result, tmp_path, with_adapter=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter.safetensors", "model.gguf"]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_can_be_written_is_known_before(method: str, checkpoint: Callable[[str], Checkpoint]) -> None:
     network = Network.from_checkpoint(checkpoint("llama"))
-    export.check(network, checkpoint("llama"), METHODS[method](network).result(), adapter=False)
+    export.check(network, checkpoint("llama"), METHODS[method](network).result(), with_adapter=False)
 
 
 def opt_without_biases(directory: Path) -> tuple[Checkpoint, Network]:
