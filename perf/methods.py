@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,16 +104,16 @@ def _row(point: Point) -> Row:
 def methods_table(result: dict[str, Any]) -> str:
     """Growth of the perplexity and times as fast as dense, methods from top to bottom, densities across."""
     rows = [row for row in result["rows"] if row["spread"] == SPREADS[0]]
-    asked = sorted({row["asked"] for row in rows}, reverse=True)
-    cells = {(row["method"], row["asked"]): _cell(row) for row in rows}
     names = dict.fromkeys(row["method"] for row in rows)
+    counts = Counter(row["asked"] for row in rows)
+    asked = sorted((d for d, count in counts.items() if 2 * count > len(names)), reverse=True)  # not the baselines' one
+    cells = {(row["method"], row["asked"]): _cell(row) for row in rows}
     return table(["", *(f"{d:g}" for d in asked)], [[n, *(cells.get((n, d), "") for d in asked)] for n in names])
 
 
 def _cell(row: Row) -> str:
-    if abs(row["density"] - row["asked"]) > _OFF:
-        return "-"
-    return f"{row['growth_percent']:+.1f} %, {row['speedup']:.2f}x"
+    cell = f"{row['growth_percent']:+.1f} %, {row['speedup']:.2f}x"
+    return cell if abs(row["density"] - row["asked"]) <= _OFF else f"{cell} at {row['density']:.2f}"
 
 
 def baselines_table(result: dict[str, Any]) -> str:

@@ -138,9 +138,9 @@ def _methods(result: Result) -> str:
     about = (
         f"By how much perplexity grows and how many times as fast as dense decoding a token is, at a density: the share"
         f" read, by the kernels' own count, of the weights that the method may leave out, with its predictors and"
-        f" screens; - where it cannot reach that. Calibrated on the default sample, judged token by token on"
-        f" {result['scored']:,} tokens of {result['text']} ({result['part']} of it), where dense has a perplexity of"
-        f" {result['dense']['perplexity']:.2f}. {_plural(result['threads'], 'thread')}."
+        " screens; where it cannot reach that, at the one that is given. Calibrated on the default sample, judged"
+        f" token by token on {result['scored']:,} tokens of {result['text']} ({result['part']} of it), where dense has"
+        f" a perplexity of {result['dense']['perplexity']:.2f}. {_plural(result['threads'], 'thread')}."
     )
     absent = [f"Absent: {name} ({why})." for name, why in result["absent"].items()]
     other = methods.baselines_table(result)

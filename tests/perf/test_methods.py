@@ -54,8 +54,16 @@ def test_methods_and_their_baselines(quick, tiny_path, tmp_path, monkeypatch, ca
     assert len(json.loads((quick / "m.json").read_text())["rows"]) == 2, "of another engine"
 
 
-def test_a_density_out_of_reach_is_not_shown():
+def test_a_density_out_of_reach_is_said():
     row = {"method": "screen", "spread": "spread", "growth_percent": 1.0, "speedup": 1.5}
     rows = [row | {"asked": 0.2, "density": 0.4}, row | {"asked": 0.5, "density": 0.51}]
     line = methods.methods_table({"rows": rows}).splitlines()[-1]
-    assert [cell.strip() for cell in line.strip("|").split("|")] == ["screen", "+1.0 %, 1.50x", "-"]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == ["screen", "+1.0 %, 1.50x", "+1.0 %, 1.50x at 0.40"]
+
+
+def test_a_density_of_the_baselines_alone_is_no_column():
+    row = {"spread": "spread", "growth_percent": 1.0, "speedup": 1.5}
+    rows = [row | {"method": m, "asked": d, "density": d} for m in ("gate", "down", "topk") for d in (0.2, 0.4)]
+    rows.append(row | {"method": "gate", "asked": 0.5, "density": 0.5})
+    header = methods.methods_table({"rows": rows}).splitlines()[0]
+    assert [cell.strip() for cell in header.strip("|").split("|")] == ["", "0.4", "0.2"]
