@@ -134,18 +134,23 @@ def test_what_can_be_written_is_known_before(method: str, checkpoint: Callable[[
     export.check(network, checkpoint("llama"), METHODS[method](network).result(), with_adapter=False)
 
 
-def opt_without_biases(directory: Path) -> tuple[Checkpoint, Network]:
-    """An OPT that has none, and a network of it that has been trained with biases of the FFNs."""
-    opened = open_checkpoint(tiny.write_tiny("opt", directory, enable_bias=False))
-    assert not opened.config.ffn_bias
+def down_moved(opened: Checkpoint, by: float) -> Network:
+    """A network whose down matrices, biases and norms have moved, in steps that float16 has."""
     network = Network.from_checkpoint(opened)
     lora.add_biases(network)
     lora.choose(network, 3, 0, ("down",))
     with torch.no_grad():
         for _, parameter in lora.trainable(network):
-            parameter += 0.1 * torch.randn(parameter.shape)
+            parameter += by * torch.randn(parameter.shape)
             parameter.copy_(parameter.half().float())
-    return opened, network.eval()
+    return network.eval()
+
+
+def opt_without_biases(directory: Path) -> tuple[Checkpoint, Network]:
+    """An OPT that has none, and a network of it that has been trained with biases of the FFNs."""
+    opened = open_checkpoint(tiny.write_tiny("opt", directory, enable_bias=False))
+    assert not opened.config.ffn_bias
+    return opened, down_moved(opened, 0.1)
 
 
 def test_opt_has_one_switch_for_all_biases(tmp_path: Path) -> None:
@@ -234,13 +239,7 @@ def test_an_adapter_has_the_update(
 def test_what_has_not_moved_is_not_in_an_adapter(checkpoint: Callable[[str], Checkpoint], tmp_path: Path) -> None:
     """Rows of gate and up are then quantised as the original's are, bit for bit."""
     opened, path = checkpoint("llama"), tmp_path / "adapter.safetensors"
-    network = Network.from_checkpoint(opened)
-    lora.add_biases(network)
-    lora.choose(network, 3, 0, ("down",))
-    with torch.no_grad():
-        for _, parameter in lora.trainable(network):
-            parameter += 0.01 * torch.randn(parameter.shape)
-            parameter.copy_(parameter.half().float())
+    network = down_moved(opened, 0.01)
     wanted = logits(network, IDS)
     export.write_adapter(network, opened, Result(), path, base="tiny", method="plain", about={})
     adapted = Adapted(opened, open_adapter(path))
