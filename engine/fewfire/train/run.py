@@ -162,7 +162,8 @@ def train(
         raise ValueError(f"{source} has been trained already: name the model that it was made from")
     if (out / "config.json").exists():
         raise ValueError(f"{out} has a model already: choose another directory")
-    if (out / export.ADAPTER).exists() and not (out / TRAINING / STATE).exists():
+    begun = (out / TRAINING / STATE).exists()
+    if (out / export.ADAPTER).exists() and not begun:
         raise ValueError(f"{out} has an adapter already: choose another directory")
     path = resolve(source, progress)
     checkpoint = open_checkpoint(path)
@@ -177,7 +178,7 @@ def train(
         lora.add_biases(network)
     recipe = RECIPES[method](Setup(network, corpus, options, steps))
     export.check(network, checkpoint, recipe.result(), bool(options.rank or options.adapter))
-    if options.reconstruct and not (out / TRAINING / STATE).exists():
+    if options.reconstruct and not begun:
         reconstruct(network, original, corpus.windows, progress)
     if options.layerwise:
         recipe = Layerwise(recipe, original, options.layerwise)
