@@ -24,10 +24,12 @@ from fewfire_cli.progress import ProgressBar
 @click.option("--rank", default=0, show_default=True, help="Of the updates; 0: all weights of the FFNs move.")
 @click.option("--down", is_flag=True, help="Of the matrices only down moves: gate and up stay as they are quantised.")
 @click.option("--reconstruct", is_flag=True, help="relufy: down starts as what makes up best for what is left out.")
+@click.option("--start", default="", metavar="ADAPTER", help="relufy: go on from what an earlier training has left.")
 @click.option("--adapter", is_flag=True, help="Also write a full update as an adapter, in few bits.")
 @click.option("--rate", type=float, help="Learning rate.  [default: 1e-4, or 1e-3 with a rank]")
 @click.option("--window", default=512, show_default=True, help="Tokens of a window.")
 @click.option("--batch", default=2, show_default=True, help="Windows of a step.")
+@click.option("--bf16", is_flag=True, help="Matrix products in bfloat16: faster where the processor knows it.")
 @click.option("--labels", default=0.0, show_default=True, help="Share of the text's own next tokens in the loss.")
 @click.option("--layerwise", default=0.0, show_default=True, help="Weight of the layers' errors in the loss.")
 @click.option(

@@ -87,6 +87,7 @@ class Made:
     options: Mapping[str, Any]  # those of the command line that are not the defaults
     texts: Sequence[Text]
     held_out: Text | None
+    before: str = ""  # what an earlier training, which it goes on from, has spent
 
     @property
     def command(self) -> str:
@@ -111,12 +112,14 @@ def write(made: Made, entries: Entries, adapter: str | None) -> str:
     kind = options.get("activation", "threshold") if method == "relufy" else method
     how = _HOW[kind]
     if kind == "threshold":
-        how += "." if "reconstruct" in options else ", which rose while the model adapted."
+        how += "." if {"reconstruct", "start"} & set(options) else ", which rose while the model adapted."
     if "reconstruct" in options:
         how += (
             " Down projections began as least squares over text of the same files, so as to make up for what is left"
             " out; tokens and hours are those of the training that followed."
         )
+    if "start" in options:
+        how += f" It went on from {options['start']}, on which an earlier training had spent {made.before or 'some'}."
     if options.get("stage") == 2:
         how += " ReLUs come after the norms as well."
     share = options.get("labels", 0.0)

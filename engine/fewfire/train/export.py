@@ -150,12 +150,13 @@ def write_adapter(
         at = f"layers.{number}."
         for name in PROJECTIONS:
             part = getattr(layer, name)
-            if part is None or not any(p.requires_grad for p in part.parameters() if p.ndim > 1):
+            if part is None:
                 continue
             if isinstance(part, LowRank):
                 found[f"{at}{name}.A"], found[f"{at}{name}.B"] = part.A, part.B
-            else:
-                original = torch.from_numpy(checkpoint.read(f"{at}{name}.weight")).to(part.weight.device)
+                continue
+            original = torch.from_numpy(checkpoint.read(f"{at}{name}.weight")).to(part.weight.device)
+            if not torch.equal(part.weight, original):
                 found[f"{at}{name}{adapter.DELTA}"] = part.weight.detach() - original
         for name, value in layer.named_parameters():
             if value.requires_grad and value.ndim == 1:

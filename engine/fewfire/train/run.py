@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from fewfire.adapter import Adapted, Adapter, open_adapter
 from fewfire.cache import cache_dir
 from fewfire.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from fewfire.progress import Progress, silent
@@ -46,10 +47,12 @@ class Options:
     rank: int = 0  # of the updates; 0: all weights of the projections move
     down: bool = False  # whether of the projections only down moves, besides biases, which a model gets for it
     reconstruct: bool = False  # whether down starts as what makes up best for what is left out
+    start: str = ""  # an adapter that an earlier training has left, whose result is where this one begins
     adapter: bool = False  # whether a full update is written as an adapter besides
     rate: float | None = None  # None: 1e-4, or 1e-3 for low-rank updates
     window: int = 512
     batch: int = 2  # windows of a step
+    bf16: bool = False  # matrix products in bfloat16
     labels: float = 0.0  # share of the text's own next tokens in the loss
     layerwise: float = 0.0  # weight of the layers' relative errors
     seed: int = 0
@@ -74,6 +77,8 @@ class Options:
             raise ValueError("--reconstruct makes up for ReLU's own zeros, not for those of a --sparsity at the end")
         if self.adapter and self.rank:
             raise ValueError("--rank leaves an adapter anyway: leave --adapter out")
+        if self.start and self.rank:
+            raise ValueError("--start goes on with all weights: leave --rank out")
         if not 0 <= self.labels <= 1:
             raise ValueError(f"--labels must be from 0 to 1, not {self.labels:g}")
         for name in ("layerwise", "l1", "efficiency", "separability"):
@@ -81,8 +86,9 @@ class Options:
                 raise ValueError(f"--{name} must be 0 or more, not {getattr(self, name)}")
 
     def chosen(self) -> dict[str, Any]:
-        """What is not the default, by its name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        """What is not the default, by its name; of a file the name alone."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return found | ({"start": Path(self.start).name} if self.start else {})
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,9 +102,10 @@ class Setup:
 
     @property
     def rise(self) -> Rise:
-        """The sparsity by step: the wanted one from the beginning if down has been made for it."""
+        """The sparsity by step: the wanted one from the beginning if the weights have been made for it."""
         end = self.options.sparsity or SPARSITY
-        return Rise(end, self.steps, end) if self.options.reconstruct else Rise(end, self.steps)
+        made = self.options.reconstruct or self.options.start
+        return Rise(end, self.steps, end) if made else Rise(end, self.steps)
 
 
 def relufy(setup: Setup) -> Method:
@@ -158,6 +165,8 @@ def train(
         raise ValueError(f"no adapter can hold what {method} chooses neurons with: leave --adapter out")
     if options.reconstruct and method != "relufy":
         raise ValueError(f"--reconstruct is for relufy, not for {method}")
+    if options.start and method != "relufy":
+        raise ValueError(f"--start is for relufy, not for {method}")
     if adapter_of(source):
         raise ValueError(f"{source} has been trained already: name the model that it was made from")
     if (out / "config.json").exists():
@@ -170,8 +179,10 @@ def train(
     corpus = _corpus(checkpoint, texts, held_out, options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     original = Network.from_checkpoint(checkpoint, progress).to(device).eval().requires_grad_(False)
-    network = Network.from_checkpoint(checkpoint, progress).to(device)
-    key = f"{fingerprint(path)}-{corpus.key()}-{TOP}"
+    earlier = open_adapter(Path(options.start)) if options.start else None
+    beginning = Adapted(checkpoint, earlier) if earlier else checkpoint
+    network = Network.from_checkpoint(beginning, progress).to(device)
+    key = f"{fingerprint(path)}-{corpus.key()}-{TOP}" + ("-bf16" if options.bf16 else "")
     teacher = TeacherCache(cache_dir() / "teachers" / key, original, corpus.windows, TOP, key)
     steps = max(1, options.tokens // (options.batch * corpus.windows.shape[1]))
     if options.down or options.reconstruct:
@@ -188,26 +199,47 @@ def train(
         rate=options.rate or (1e-3 if options.rank else 1e-4),
         batch=options.batch,
         at_once=min(options.batch, max(1, AT_ONCE // options.window)),
+        bf16=options.bf16,
         labels=options.labels,
         seed=options.seed,
     )
     about = {"method": method, **asdict(options), "model": fingerprint(path), "text": corpus.key()}
+    about |= {"start": fingerprint(earlier.path)} if earlier else {}
     name, named = Path(os.path.abspath(out)).name, [card.Text.of(file) for file in texts]
     measured_with = card.Text.of(held_out) if held_out else None
-    made = card.Made(name, method, card.Base.of(source, path), options.chosen(), named, measured_with)
+    before = Spent.of(earlier)
+    made = card.Made(name, method, card.Base.of(source, path), options.chosen(), named, measured_with, str(before))
     trainer = Trainer(network, corpus, teacher, recipe, plan, out / TRAINING, about, progress)
     trainer.run()
-    _export(trainer, checkpoint, out, made, options)
+    _export(trainer, checkpoint, out, made, options, before)
     return out
 
 
-def _export(trainer: Trainer, checkpoint: Checkpoint, out: Path, made: card.Made, options: Options) -> None:
+class Spent(NamedTuple):
+    """What earlier trainings have spent on an adapter that this one goes on from."""
+
+    tokens: int = 0
+    hours: float = 0.0
+
+    @classmethod
+    def of(cls, earlier: Adapter | None) -> Spent:
+        """As the adapter says; nothing without one."""
+        about = earlier.about if earlier else {}
+        return cls(about.get("tokens", 0), about.get("hours", 0.0))
+
+    def __str__(self) -> str:
+        return f"{self.tokens:,} tokens in {self.hours:.2f} hours" if self.tokens else ""
+
+
+def _export(
+    trainer: Trainer, checkpoint: Checkpoint, out: Path, made: card.Made, options: Options, before: Spent
+) -> None:
     """Writes what has been trained, and then removes the state, which nothing needs any more."""
     entries = log.read(out / TRAINING / log.NAME)
     measured, last = log.measurements(entries), log.steps(entries)[-1]
     about = {
-        "tokens": last["tokens"],
-        "hours": round(last["seconds"] / 3600, 2),
+        "tokens": before.tokens + last["tokens"],
+        "hours": round(before.hours + last["seconds"] / 3600, 2),
         "perplexity": measured[-1]["perplexity"],
         "perplexity of the original": measured[0]["original"],
         "zeros": measured[-1]["zeros"],

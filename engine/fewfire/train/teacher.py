@@ -73,7 +73,7 @@ class TeacherCache:
 
     def _top(self, hidden: Tensor) -> TopLogits:
         """Shifted by the largest, so that what float16 rounds is small."""
-        found = top_logits(self.network.logits(hidden), self._k)
+        found = top_logits(self.network.logits(hidden).float(), self._k)
         largest = found.values[:, :1]
         return TopLogits(found.values - largest, found.ids, found.total - largest[:, 0])
 

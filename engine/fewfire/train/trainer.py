@@ -48,6 +48,7 @@ class Plan:
     warmup: float = 0.03  # share of the steps in which the rate rises
     floor: float = 0.05  # of the rate that is left at the end
     labels: float = 0.0  # share of the text's own next tokens in the loss; the rest is the teacher's
+    bf16: bool = False  # matrix products in bfloat16, the rest and all weights in float32
     clip: float = 1.0  # largest norm of a step's gradient
     seed: int = 0
     measured: int = 10  # how often in all the held-out windows are measured, besides before the first step
@@ -115,7 +116,9 @@ class Trainer:
         parts = [chosen[at : at + plan.at_once] for at in range(0, len(chosen), plan.at_once)]
         sums: dict[str, float] = {}
         for part in parts:
-            for name, value in self._pass(part, len(part) / len(chosen)).items():
+            with self._precision():
+                found = self._pass(part, len(part) / len(chosen))
+            for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + value
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, plan.clip))
         if not math.isfinite(norm):
@@ -132,6 +135,9 @@ class Trainer:
             now = time.monotonic()
             self._seconds, self._began = self._seconds + now - self._began, now
             self._write({"step": self.step, **figures, "seconds": round(self._seconds, 1)})
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.network.embed.weight.device.type, torch.bfloat16, enabled=self.plan.bf16)
 
     def _pass(self, chosen: np.ndarray, share: float) -> dict[str, float]:
         """Forward and backward over some windows that are a share of the step's."""
@@ -157,7 +163,7 @@ class Trainer:
         total = 0.0
         for at in range(0, len(flat), AT_ONCE):
             part = slice(at, at + AT_ONCE)
-            loss = distillation(self.network.logits(flat[part]), TopLogits(*(each[part] for each in parts)))
+            loss = distillation(self.network.logits(flat[part]).float(), TopLogits(*(each[part] for each in parts)))
             total += self._descend(loss, weight * len(flat[part]) / len(flat))
         return total
 
@@ -167,7 +173,7 @@ class Trainer:
         total = 0.0
         for at in range(0, len(flat), AT_ONCE):
             part = slice(at, at + AT_ONCE)
-            loss = functional.cross_entropy(self.network.logits(flat[part]), targets[part])
+            loss = functional.cross_entropy(self.network.logits(flat[part]).float(), targets[part])
             total += self._descend(loss, weight * len(flat[part]) / len(flat))
         return total
 
