@@ -5,7 +5,7 @@ A safetensors file. `layers.3.gate.A` (r, in) and `layers.3.gate.B` (out, r) mea
 are what a matrix has gained as a whole, in few bits (`deltas.py`), by lines that are its rows, or, of a down matrix,
 its columns: those of a neuron in either case. Any vector under its canonical name, such as
 `layers.3.ffn_norm.weight` or `layers.3.act_threshold.weight`, takes the place of the model's. The entry `fewfire` of
-its metadata is a JSON object: "version", 1; "base", the model that it is for, by name; "digest", of that model's
+its metadata is a JSON object: "version", 2; "base", the model that it is for, by name; "digest", of that model's
 weights; "method", how it was made; "config", the fields of `ModelConfig` that change; "about", whatever people should
 know.
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ from fewfire.errors import CheckpointError
 from fewfire.fields import Fields
 from fewfire.tensorfile import Entry, read_header, read_integers, read_metadata, read_rows, readable
 
-KEY, VERSION = "fewfire", 1
+KEY, VERSION = "fewfire", 2
 Shapes = Mapping[str, tuple[int, ...]]
 DELTA = ".delta"
 CHANGES = ("hidden_act", "norm_relu", "ffn_bias")  # fields of a config that an adapter may change
@@ -66,7 +67,7 @@ def open_adapter(path: Path) -> Adapter:
         raise CheckpointError(f"{path}: the metadata is damaged; fetch the file again")
     fields = Fields(data, str(path))
     if data.get("version") != VERSION:
-        raise fields.error("version", f"{VERSION} (a newer fewfire may know it)")
+        raise fields.error("version", f"{VERSION} (another fewfire made it)")
     config, about = fields.section("config"), fields.section("about")
     changes, said = config.data if config else {}, about.data if about else {}
     if unknown := sorted(set(changes) - set(CHANGES)):
@@ -134,11 +135,11 @@ class Adapted:
         """What these rows of a matrix gain, `(stop - start, in)`."""
         part, (out, into) = name.removesuffix(".weight"), self.config.shapes()[name]
         packed = read_integers(self._adapter.entries[part + DELTA], "U8")
-        scales = self._tensor(f"{part}.scale", 0, len(packed))
+        scales = self._tensor(f"{part}.scale", 0, into if _by_column(name) else out)
         try:
             if _by_column(name):
                 return deltas.decode(packed, scales, out).T[start:stop]
-            return deltas.decode(packed[start:stop], scales[start:stop], into)
+            return deltas.decode(packed, scales, into)[start:stop]
         except ValueError as error:
             raise CheckpointError(f"{self._adapter.path}: {part} is damaged ({error}); fetch the file again") from None
 
@@ -227,8 +228,9 @@ def _check_tensors(before: ModelConfig, after: ModelConfig, adapter: Adapter) ->
     for name in sorted(whole):
         part = name.removesuffix(".weight")
         _check_matrix(name, old, new, adapter)
-        lines, weights = new[name][::-1] if _by_column(name) else new[name]
-        expected |= {f"{part}{DELTA}": (lines, deltas.width(weights)), f"{part}.scale": (lines,)}
+        lines = new[name][1] if _by_column(name) else new[name][0]
+        size = math.prod(found[f"{part}{DELTA}"].shape)  # of compressed bytes: any, so long as they come in one row
+        expected |= {f"{part}{DELTA}": (size,), f"{part}.scale": (lines,)}
         if f"{part}.scale" not in found:
             raise CheckpointError(f"{adapter.path}: {part} has a delta without a scale")
     for name, entry in found.items():

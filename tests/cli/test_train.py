@@ -11,6 +11,7 @@ import tiny
 import tiny_gguf
 from commandline import PROGRAM, run
 from fewfire import sources
+from fewfire.adapter import open_adapter
 
 if importlib.util.find_spec("torch") is None:
 
@@ -41,6 +42,7 @@ def text(tmp_path_factory):
         ("topk", ("--sparsity", 0.9)),
         ("lte", ("--sparsity", 0.5, "--efficiency", 1)),
         ("plain", ("--labels", 1)),
+        ("plain", ("--labels", 1, "--bf16")),
     ],
 )
 def test_from_training_to_generating(model, text, tmp_path, method, options):
@@ -106,6 +108,8 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(model, text, tmp_path)
         (("--rank", 3, "--reconstruct"), 2, ["leave --rank out"]),
         (("--rank", 3, "--adapter"), 2, ["leave --adapter out"]),
         (("--activation", "relu", "--sparsity", 0.9, "--reconstruct"), 2, ["ReLU's own zeros"]),
+        (("--rank", 3, "--start", "some.safetensors"), 2, ["leave --rank out"]),
+        (("--start", "missing.safetensors"), 1, ["missing.safetensors"]),
         (("--labels", 2), 2, ["--labels must be from 0 to 1"]),
         (("--l1", -1), 2, ["--l1 must be 0 or more"]),
         (("--window", 200), 2, ["longer than the model's"]),
@@ -117,10 +121,33 @@ def test_mistakes(model, text, tmp_path, args, code, words):
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize("option", [("--reconstruct",), ("--start", "some.safetensors")])
 @pytest.mark.parametrize("method", ["topk", "lte", "plain"])
-def test_only_relufy_reconstructs(method, model, text, tmp_path):
-    result = run("train", method, model, tmp_path / "out", "--text", text, "--reconstruct", *SMALL)
-    result.failed(2, "--reconstruct is for relufy")
+def test_what_only_relufy_can(method, option, model, text, tmp_path):
+    result = run("train", method, model, tmp_path / "out", "--text", text, *option, *SMALL)
+    result.failed(2, f"{option[0]} is for relufy")
+
+
+def test_a_training_goes_on_from_an_adapter(model, text, tmp_path):
+    """It begins where the first one ended, but for what rounding into the adapter has changed."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    command = ("--text", text, "--sparsity", 0.7, "--down", "--adapter", *SMALL)
+    assert run("train", "relufy", model, first, "--tokens", 3000, "--rate", 1e-2, *command).code == 0
+    options = ("--start", first / "adapter.safetensors", "--tokens", 384)
+    assert run("train", "relufy", model, second, *options, *command).code == 0
+    before, after = (
+        [json.loads(line) for line in (out / "training" / "log.jsonl").read_text().splitlines()]
+        for out in (first, second)
+    )
+    untrained, trained, begun = (e["perplexity"] for e in (before[0], before[-1], after[0]))
+    assert abs(begun - trained) < 0.3 * (untrained - trained)
+    assert after[0]["zeros"] == pytest.approx(0.7, abs=0.1)
+    about = open_adapter(second / "adapter.safetensors").about
+    spent = [entries[-2]["tokens"] for entries in (before, after)]
+    assert about["tokens"] == sum(spent)
+    card = (second / "README.md").read_text()
+    assert f"went on from adapter.safetensors, on which an earlier training had spent {spent[0]:,} tokens" in card
+    assert "--start adapter.safetensors" in card
 
 
 def test_texts_that_cannot_be_used(model, tmp_path):
