@@ -12,12 +12,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-Activation = Literal["silu", "gelu_tanh", "relu", "relu2", "fatrelu", "fatsilu"]
-ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "relu", "relu2", "fatrelu", "fatsilu")
-EXACT_ZEROS: tuple[Activation, ...] = ("relu", "relu2", "fatrelu", "fatsilu")  # zero for most of what they see
+Activation = Literal["silu", "gelu_tanh", "relu", "relu2", "fatrelu", "fatsilu", "centred_silu"]
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "relu", "relu2", "fatrelu", "fatsilu", "centred_silu")
+EXACT_ZEROS: tuple[Activation, ...] = (
+    "relu",
+    "relu2",
+    "fatrelu",
+    "fatsilu",
+    "centred_silu",
+)  # for most of what they see
 #: Activations with a threshold for each neuron, which is a weight of the model: what they keep, they take from another
 #: one, and only where its absolute value is over the threshold (ProSparse, 2402.13516; CATS, 2404.08763).
-THRESHOLDED: dict[Activation, Activation] = {"fatrelu": "relu", "fatsilu": "silu"}
+THRESHOLDED: dict[Activation, Activation] = {"fatrelu": "relu", "fatsilu": "silu", "centred_silu": "silu"}
+#: Of these, those that are measured from a centre of each neuron: h = cut(act(gate x) - centre) * up x, where a SiLU
+#: that idles is near its centre and not near zero. What the centres give, down (centre * up x), is linear in x: it is
+#: a matrix of its own, `bypass`, that every token reads.
+CENTRED: tuple[Activation, ...] = ("centred_silu",)
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,9 @@ class ModelConfig:
             linear(at + "down", d, ff, self.ffn_bias)
             if self.hidden_act in THRESHOLDED:
                 shapes[at + "act_threshold.weight"] = (ff,)
+            if self.hidden_act in CENTRED:
+                shapes[at + "act_centre.weight"] = (ff,)
+                shapes[at + "bypass.weight"] = (d, d)
             if self.post_norms:
                 norm(at + "attn_post_norm")
                 norm(at + "ffn_post_norm")
@@ -179,3 +192,5 @@ class ModelConfig:
             raise ValueError("sliding_layers is not one per layer")
         if self.hidden_act not in ACTIVATIONS or self.norm not in ("rms", "layer") or self.sliding_window < 0:
             raise ValueError("an activation, norm or window is unknown")
+        if self.hidden_act in CENTRED and (not self.gated or self.act_on_up or self.post_norms):
+            raise ValueError(f"{self.hidden_act} is for gated FFNs whose output is added to the stream as it is")

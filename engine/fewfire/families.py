@@ -38,6 +38,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "relu_squared": "relu2",
     "fatrelu": "fatrelu",
     "fatsilu": "fatsilu",
+    "centred_silu": "centred_silu",
 }
 
 _DECODER_NAMES = {
@@ -54,6 +55,8 @@ _DECODER_NAMES = {
     "up": "model.layers.{}.mlp.up_proj",
     "down": "model.layers.{}.mlp.down_proj",
     "act_threshold": "model.layers.{}.mlp.act_threshold",
+    "act_centre": "model.layers.{}.mlp.act_centre",
+    "bypass": "model.layers.{}.mlp.bypass",
     "final_norm": "model.norm",
     "head": "lm_head",
 }

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fewfire.config import THRESHOLDED, ModelConfig, Rope
+from fewfire.config import CENTRED, THRESHOLDED, ModelConfig, Rope
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -91,6 +91,8 @@ def block(
     gate, up = neurons(config, tensors, layer, ffn_in)
     fired = gate if up is None else gate * up
     y = linear(tensors, at + "down", fired)
+    if config.hidden_act in CENTRED:
+        y = y + linear(tensors, at + "bypass", ffn_in)
     if config.post_norms:
         y = normed(config, tensors, at + "ffn_post_norm", y)
     return Block(attn_in, joined, residual, ffn_in, gate, up, fired, residual + y)
@@ -135,17 +137,22 @@ def neurons(config: ModelConfig, tensors: Tensors, layer: int, x: np.ndarray) ->
     Neuron i is row i of gate and up and column i of down.
     """
     at = f"layers.{layer}."
-    threshold = tensors.get(at + "act_threshold.weight")
-    gate = activate(config, linear(tensors, at + "gate", x), threshold)
+    threshold, centre = tensors.get(at + "act_threshold.weight"), tensors.get(at + "act_centre.weight")
+    gate = activate(config, linear(tensors, at + "gate", x), threshold, centre)
     if not config.gated:
         return gate, None
     up = linear(tensors, at + "up", x)
     return gate, activate(config, up, threshold) if config.act_on_up else up
 
 
-def activate(config: ModelConfig, x: np.ndarray, threshold: np.ndarray | None = None) -> np.ndarray:
-    """The activation function of the FFN, zero where its absolute value is not over the neuron's threshold."""
-    y = _plain_activation(config, x)
+def activate(
+    config: ModelConfig, x: np.ndarray, threshold: np.ndarray | None = None, centre: np.ndarray | None = None
+) -> np.ndarray:
+    """The activation function of the FFN, less the neuron's centre, zero where what is left is not over its threshold.
+
+    Over it in absolute value; the models that have neither are the usual ones.
+    """
+    y = _plain_activation(config, x) - (np.float32(0) if centre is None else centre)
     return y if threshold is None else np.where(np.abs(y) <= threshold, np.float32(0), y)
 
 
