@@ -34,10 +34,10 @@ from fewfire_cli.progress import ProgressBar
 @click.option("--layerwise", default=0.0, show_default=True, help="Weight of the layers' errors in the loss.")
 @click.option(
     "--activation",
-    type=click.Choice(["threshold", "relu", "shifted"]),
+    type=click.Choice(["threshold", "centred", "relu", "shifted"]),
     default="threshold",
     show_default=True,
-    help="relufy: the model's own where it is large, ReLU, or ReLU(x - b).",
+    help="relufy: the model's own where it is large, or far from where it idles; ReLU, or ReLU(x - b).",
 )
 @click.option("--stage", type=click.IntRange(1, 2), default=1, help="relufy: 2 for ReLU after the norms, too.")
 @click.option("--shift", default=1.0, show_default=True, help="relufy: b of the shifted ReLU at the start.")

@@ -3,11 +3,11 @@
 A safetensors file. `layers.3.gate.A` (r, in) and `layers.3.gate.B` (out, r) mean W += B A for the matrix
 `layers.3.gate.weight` (LoRA, 2106.09685, without a factor of its own). `layers.3.down.delta` and `layers.3.down.scale`
 are what a matrix has gained as a whole, in few bits (`deltas.py`), by lines that are its rows, or, of a down matrix,
-its columns: those of a neuron in either case. Any vector under its canonical name, such as
-`layers.3.ffn_norm.weight` or `layers.3.act_threshold.weight`, takes the place of the model's. The entry `fewfire` of
-its metadata is a JSON object: "version", 2; "base", the model that it is for, by name; "digest", of that model's
-weights; "method", how it was made; "config", the fields of `ModelConfig` that change; "about", whatever people should
-know.
+its columns: those of a neuron in either case. Any vector under its canonical name, such as `layers.3.ffn_norm.weight`
+or `layers.3.act_threshold.weight`, takes the place of the model's. The bypass of centred activations is not in the
+file: it follows from the centres and the model's own up and down matrices. The entry `fewfire` of its metadata is a
+JSON object: "version", 2; "base", the model that it is for, by name; "digest", of that model's weights; "method", how
+it was made; "config", the fields of `ModelConfig` that change; "about", whatever people should know.
 
 Promises that an adapter for another model, with tensors that do not fit or with values that are no numbers is refused
 in one line, before anything is packed.
@@ -38,6 +38,7 @@ from fewfire.tensorfile import Entry, read_header, read_integers, read_metadata,
 KEY, VERSION = "fewfire", 2
 Shapes = Mapping[str, tuple[int, ...]]
 DELTA = ".delta"
+_BYPASS = ".bypass.weight"
 CHANGES = ("hidden_act", "norm_relu", "ffn_bias")  # fields of a config that an adapter may change
 
 
@@ -114,6 +115,8 @@ class Adapted:
         start, stop = row_range(name, shape[0], start, stop)
         if name in self._adapter.entries:
             return self._tensor(name, start, stop)
+        if name.endswith(_BYPASS) and name not in self._checkpoint.config.shapes():
+            return self._bypass(name.removesuffix(_BYPASS), start, stop)
         rows = self._checkpoint.read(name, start, stop)
         if name in self._low_rank:
             part = name.removesuffix(".weight")
@@ -130,6 +133,12 @@ class Adapted:
     def chat_template(self) -> str | None:
         """See `Checkpoint.chat_template`."""
         return self._checkpoint.chat_template()
+
+    def _bypass(self, at: str, start: int, stop: int) -> np.ndarray:
+        """Rows of down diag(centre) up, of the model's own matrices; `at` is the layer, as in "layers.3"."""
+        centre = self._tensor(f"{at}.act_centre.weight", 0, self.config.intermediate_size)
+        rows = self._checkpoint.read(f"{at}.down.weight", start, stop) * centre
+        return rows @ self._checkpoint.read(f"{at}.up.weight")
 
     def _delta(self, name: str, start: int, stop: int) -> np.ndarray:
         """What these rows of a matrix gain, `(stop - start, in)`."""
@@ -240,7 +249,7 @@ def _check_tensors(before: ModelConfig, after: ModelConfig, adapter: Adapter) ->
             raise CheckpointError(
                 f"{adapter.path}: tensor {name} has shape {entry.shape}, the model asks for {expected[name]}"
             )
-    if missing := [name for name in new if name not in old and name not in found]:
+    if missing := [name for name in new if name not in old and name not in found and not name.endswith(_BYPASS)]:
         raise CheckpointError(f"{adapter.path}: tensor {missing[0]} is missing, which its config asks for")
     return low_rank, whole
 

@@ -2,7 +2,7 @@
 
 `TopK` is that of The Lazy Neuron Phenomenon (2210.06313, section 5). `Threshold` keeps what another activation gives
 where that is large, and is zero elsewhere: with SiLU it is CATS (2404.08763), with ReLU the FATReLU of ProSparse
-(2402.13516, section 3.2).
+(2402.13516, section 3.2). Measured from a centre (`centre.py`) it is zero where the other is near that.
 """
 
 from __future__ import annotations
@@ -55,17 +55,27 @@ class TopK(nn.Module):
 
 
 class Cut(nn.Module):
-    """act(x) where |act(x)| is over the neuron's threshold, zero elsewhere. The thresholds come from a checkpoint."""
+    """act(x), less the neuron's centre if there are centres, where that is over its threshold, zero elsewhere.
+
+    Over it in absolute value. Thresholds and centres come from a checkpoint.
+    """
 
     least: Tensor
+    centre: Tensor | None
 
-    def __init__(self, kind: Activation, least: Tensor) -> None:
+    def __init__(self, kind: Activation, least: Tensor, centre: Tensor | None = None) -> None:
         super().__init__()
         self.kind = kind
         self.register_buffer("least", least)  # (neurons,)
+        self.register_buffer("centre", centre)  # (neurons,)
+
+    def moved(self, x: Tensor) -> Tensor:
+        """What is compared with the thresholds."""
+        y = apply(self.kind, x)
+        return y if self.centre is None else y - self.centre
 
     def forward(self, x: Tensor) -> Tensor:
-        y = apply(self.kind, x)
+        y = self.moved(x)
         return torch.where(y.detach().abs() > self.least, y, y.new_zeros(()))
 
 
@@ -79,8 +89,8 @@ class Threshold(Cut):
     weight: Tensor
     cut: Tensor
 
-    def __init__(self, kind: Activation, weight: Tensor) -> None:
-        super().__init__(kind, torch.full_like(weight, -1.0))
+    def __init__(self, kind: Activation, weight: Tensor, centre: Tensor | None = None) -> None:
+        super().__init__(kind, torch.full_like(weight, -1.0), centre)
         self.tracking = False
         self.register_buffer("weight", weight)  # (neurons,)
         self.register_buffer("cut", weight.new_full((), -1.0))
@@ -97,5 +107,5 @@ class Threshold(Cut):
         y = super().forward(x)
         if self.tracking and self.training:
             rows = x.detach().flatten(0, -2)
-            self.samples.append(apply(self.kind, rows[:: -(-len(rows) // SAMPLED)]).abs() * self.weight)
+            self.samples.append(self.moved(rows[:: -(-len(rows) // SAMPLED)]).abs() * self.weight)
         return y

@@ -25,6 +25,9 @@ _LICENSE = re.compile(r"\A---\n(?:(?!---$).*\n)*?license: *[\"']?([\w.-]+)[\"']?
 _HOW = {
     "threshold": "An activation keeps its value where that is large, and is exactly zero elsewhere (CATS, 2404.08763):"
     " over a threshold for each neuron",
+    "centred": "An activation keeps how far it is from the value near which its neuron idles where that is much, over a"
+    " threshold for each neuron, and is exactly zero elsewhere; what the neurons give when they idle is a matrix of its"
+    " own, which every token reads",
     "relu": "ReLU took the place of the FFN's activation (ReLU Strikes Back, 2310.04564).",
     "shifted": "ReLU(x - b) took the place of the FFN's activation (ReLU Strikes Back, 2310.04564).",
     "topk": "A token keeps the k neurons of a layer with the largest abs(act(gate)) (The Lazy Neuron Phenomenon,"
@@ -111,7 +114,7 @@ def write(made: Made, entries: Entries, adapter: str | None) -> str:
     last, original = measured[-1], measured[0]["original"]
     kind = options.get("activation", "threshold") if method == "relufy" else method
     how = _HOW[kind]
-    if kind == "threshold":
+    if kind in ("threshold", "centred"):
         how += "." if {"reconstruct", "start"} & set(options) else ", which rose while the model adapted."
     if "reconstruct" in options:
         how += (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewfire.checkpoint import Checkpoint
-from fewfire.config import THRESHOLDED, ModelConfig, Rope
+from fewfire.config import CENTRED, THRESHOLDED, ModelConfig, Rope
 from fewfire.progress import Progress, silent
 from fewfire.train.activations import Cut, Plain
 
@@ -31,7 +31,8 @@ class LayerState(NamedTuple):
     out: Tensor  # (B, T, hidden) the residual stream after the layer
 
 
-_THRESHOLDS = ("act_threshold.weight", "activation.least")  # what they are called in a checkpoint and here
+#: What an activation's tensors are called in a checkpoint and here.
+_OF_ACTIVATIONS = {"act_threshold.weight": "activation.least", "act_centre.weight": "activation.centre"}
 Observer = Callable[[int, LayerState], None]
 
 
@@ -71,8 +72,10 @@ class Layer(nn.Module):
         self.down = nn.Linear(ff, d, c.ffn_bias)
         self.attn_post_norm = Norm(c, d) if c.post_norms else None
         self.ffn_post_norm = Norm(c, d) if c.post_norms else None
-        cut = c.hidden_act in THRESHOLDED
-        self.activation: nn.Module = Cut(c.hidden_act, torch.empty(ff)) if cut else Plain(c.hidden_act)
+        cut, centred = c.hidden_act in THRESHOLDED, c.hidden_act in CENTRED
+        limits = torch.empty(ff), torch.empty(ff) if centred else None
+        self.activation: nn.Module = Cut(c.hidden_act, *limits) if cut else Plain(c.hidden_act)
+        self.bypass = nn.Linear(d, d, False) if centred else None
         self.norm_activation: nn.Module = nn.ReLU() if c.norm_relu else nn.Identity()
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> LayerState:
@@ -84,6 +87,7 @@ class Layer(nn.Module):
             up = self.activation(up)
         fired = gate if up is None else gate * up
         y = self.down(fired)
+        y = y if self.bypass is None else y + self.bypass(ffn_in)
         y = y if self.ffn_post_norm is None else self.ffn_post_norm(y)
         return LayerState(gate, up, fired, y, x + y)
 
@@ -120,7 +124,7 @@ class Network(nn.Module):
             tied = config.tie_word_embeddings
             self.head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         state = {name: torch.from_numpy(np.require(tensors[name], np.float32, ["C", "W"])) for name in config.shapes()}
-        self.load_state_dict({name.replace(*_THRESHOLDS): value for name, value in state.items()}, assign=True)
+        self.load_state_dict({_here(name): value for name, value in state.items()}, assign=True)
         self._turns: dict[tuple[Rope, int, torch.device], tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int, int, torch.device], Tensor] = {}
 
@@ -189,6 +193,12 @@ class Network(nn.Module):
             back = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
             self._masks[key] = (back >= 0) & (back < window)
         return self._masks[key]
+
+
+def _here(name: str) -> str:
+    """A tensor's name in a network, by its canonical one."""
+    at = next((theirs for theirs in _OF_ACTIVATIONS if name.endswith(f".{theirs}")), None)
+    return name if at is None else name.removesuffix(at) + _OF_ACTIVATIONS[at]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def reconstruct(network: Network, original: Network, windows: np.ndarray, progre
     for number, layer in enumerate(network.layers):
         progress("reconstructing", number, len(network.layers))
         wanted = [original.step(number, x).out for x in wanted]
-        inputs = [_inputs(network.step(number, x)) for x in ours]
+        inputs = [_inputs(layer.down, network.step(number, x)) for x in ours]
         fit(layer.down, inputs, wanted)
         ours = [each.before + layer.down(each.fired) for each in inputs]
     progress("reconstructing", len(network.layers), len(network.layers))
@@ -49,11 +49,11 @@ class Inputs(NamedTuple):
     """Of a layer's down projection."""
 
     fired: Tensor  # (B, T, neurons)
-    before: Tensor  # (B, T, hidden) the stream to which its output is added
+    before: Tensor  # (B, T, hidden) the stream without its output
 
 
-def _inputs(state: LayerState) -> Inputs:
-    return Inputs(state.fired, state.out - state.ffn)
+def _inputs(down: nn.Linear, state: LayerState) -> Inputs:
+    return Inputs(state.fired, state.out - down(state.fired))
 
 
 def fit(down: nn.Linear, inputs: list[Inputs], wanted: list[Tensor]) -> None:

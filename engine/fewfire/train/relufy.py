@@ -5,7 +5,8 @@ Of ReLU Strikes Back (2310.04564): stage 1, ReLU in the FFN (section 4.1); stage
 Of ProSparse (2402.13516, section 3.2): L1 regularization with a rising factor, and thresholds in place of the zero of
 ReLU at the end, here one for each neuron and as high as the wanted sparsity asks for, where the paper has 0.01 for all.
 And `threshold`: the original activation where it is large (CATS, 2404.08763), raised while training, which starts much
-nearer to the original than ReLU does.
+nearer to the original than ReLU does; `centred`: where it is far from the value near which the neuron idles, which
+starts nearer still (`centre.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewfire.config import THRESHOLDED, Activation
+from fewfire.config import CENTRED, THRESHOLDED, Activation, ModelConfig
+from fewfire.train.centre import add_bypasses, fit_centres
 from fewfire.train.lora import add_biases
 from fewfire.train.losses import l1, rising
 from fewfire.train.method import Method, Result
@@ -24,17 +26,29 @@ from fewfire.train.network import LayerState, Network
 from fewfire.train.rise import Rise
 from fewfire.train.thresholds import Cuts, neuron_weights
 
-Kind = Literal["threshold", "relu", "shifted"]
+Kind = Literal["threshold", "centred", "relu", "shifted"]
 CALIBRATED = 8  # windows that weights and first thresholds are measured on
 _LARGEST = 1e30  # a threshold that nothing is over
 
 
 def thresholded(kind: Activation) -> Activation:
     """The name of an activation that is cut off at thresholds. Raises `ValueError` where the engine has none."""
-    names = {base: name for name, base in THRESHOLDED.items()}
+    names = {base: name for name, base in THRESHOLDED.items() if name not in CENTRED}
     if kind not in names:
         raise ValueError(f"{kind} cannot be cut off at thresholds, only {', '.join(names)}: use --activation relu")
     return names[kind]
+
+
+def centred(config: ModelConfig) -> Activation:
+    """The name of a model's activation, cut off around centres. Raises `ValueError` where the engine has none."""
+    names = {THRESHOLDED[name]: name for name in CENTRED}
+    act = THRESHOLDED.get(config.hidden_act, config.hidden_act)
+    if act not in names or not config.gated or config.act_on_up or config.post_norms:
+        raise ValueError(
+            f"only gated FFNs with {', '.join(names)}, whose output is added to the stream as it is, can be centred: "
+            "use --activation relu or threshold"
+        )
+    return names[act]
 
 
 def shift(network: Network, by: float) -> None:
@@ -66,19 +80,23 @@ class Relufy(Method):
         regularization: float = 0.0,
         uniform: bool = False,
     ) -> None:
-        if kind == "threshold" and rise is None:
-            raise ValueError("--activation threshold needs a --sparsity")
+        self._late = kind not in ("threshold", "centred")  # thresholds come at the end
+        if not self._late and rise is None:
+            raise ValueError(f"--activation {kind} needs a --sparsity")
         own = network.config.hidden_act
-        base: Activation = THRESHOLDED.get(own, own) if kind == "threshold" else "relu"
-        self._name = thresholded(base)
+        if own in CENTRED and kind != "centred":
+            raise ValueError(f"the model is {own}: go on with --activation centred")
+        base: Activation = "relu" if self._late else THRESHOLDED.get(own, own)
+        self._name = centred(network.config) if kind == "centred" else thresholded(base)
         self._config = {"norm_relu": True} if stage == 2 else {}
         self._rise, self._steps, self._regularization = rise, steps, regularization
-        self._late = kind != "threshold"  # thresholds come at the end
         self._zeros: list[Tensor] = []
         self._sizes: list[Tensor] = []
         self._factor = 0.0
-        windows = windows[:CALIBRATED]
-        self._cuts = Cuts(network, base, neuron_weights(network, windows), uniform)
+        windows, more = windows[:CALIBRATED], windows[: 2 * CALIBRATED]
+        weights = neuron_weights(network, windows)
+        centres = self._centres(network, more, weights) if kind == "centred" else None
+        self._cuts = Cuts(network, base, weights, uniform, centres)
         if stage == 2:
             for layer in network.layers:
                 layer.norm_activation = nn.ReLU()
@@ -86,6 +104,14 @@ class Relufy(Method):
             self._cuts.set(0.0)
         elif rise is not None:
             self._cuts.calibrate(network, windows, rise.sparsity(0))
+
+    def _centres(self, network: Network, windows: np.ndarray, weights: list[Tensor]) -> list[Tensor]:
+        """Those that the network has, or new ones with their bypasses."""
+        if network.config.hidden_act in CENTRED:
+            return [layer.activation.centre for layer in network.layers]
+        centres = fit_centres(network, windows, weights, self._rise.end if self._rise else 0.0)
+        add_bypasses(network, centres)
+        return centres
 
     def begin(self, step: int) -> None:
         last = step == self._steps - 1
@@ -124,4 +150,6 @@ class Relufy(Method):
             return Result({"hidden_act": "relu", **self._config})
         limits = [part.least.clamp(0.0, _LARGEST) for part in self._cuts.parts]
         vectors = {f"layers.{i}.act_threshold.weight": limit for i, limit in enumerate(limits)}
+        centres = {f"layers.{i}.act_centre.weight": part.centre for i, part in enumerate(self._cuts.parts)}
+        vectors |= {name: centre for name, centre in centres.items() if centre is not None}
         return Result({"hidden_act": self._name, **self._config}, vectors)

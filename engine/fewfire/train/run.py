@@ -73,7 +73,7 @@ class Options:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         if self.reconstruct and self.rank:
             raise ValueError("--reconstruct changes all weights of down: leave --rank out")
-        if self.reconstruct and self.activation != "threshold" and self.sparsity is not None:
+        if self.reconstruct and self.activation in ("relu", "shifted") and self.sparsity is not None:
             raise ValueError("--reconstruct makes up for ReLU's own zeros, not for those of a --sparsity at the end")
         if self.adapter and self.rank:
             raise ValueError("--rank leaves an adapter anyway: leave --adapter out")
@@ -116,7 +116,7 @@ def relufy(setup: Setup) -> Method:
     return Relufy(
         setup.network,
         setup.corpus.windows,
-        setup.rise if o.activation == "threshold" or o.sparsity else None,
+        setup.rise if o.activation in ("threshold", "centred") or o.sparsity else None,
         setup.steps,
         kind=o.activation,
         stage=o.stage,

@@ -49,11 +49,20 @@ def read(network: Network, windows: np.ndarray, observe: object = None) -> None:
 class Cuts:
     """The thresholds of all layers of a network, into which it puts its activations; at first they keep everything."""
 
-    def __init__(self, network: Network, kind: Activation, weights: Sequence[Tensor], uniform: bool = False) -> None:
-        """uniform: the same sparsity in every layer, with a cut of each one's own."""
+    def __init__(
+        self,
+        network: Network,
+        kind: Activation,
+        weights: Sequence[Tensor],
+        uniform: bool = False,
+        centres: Sequence[Tensor] | None = None,
+    ) -> None:
+        """uniform: the same sparsity in every layer, with a cut of each one's own; centres: `(neurons,)` by layer."""
         self._uniform, self.parts = uniform, list[Threshold]()
-        for layer, weight in zip(network.layers, weights, strict=True):
-            layer.activation = Threshold(kind, weight.to(network.embed.weight.device))
+        for number, (layer, weight) in enumerate(zip(network.layers, weights, strict=True)):
+            layer.activation = Threshold(
+                kind, weight.to(network.embed.weight.device), centres[number] if centres else None
+            )
             self.parts.append(layer.activation)
 
     def track(self, tracking: bool) -> None:
