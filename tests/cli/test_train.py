@@ -40,6 +40,7 @@ def text(tmp_path_factory):
         ("relufy", ("--activation", "shifted", "--shift", 0.3, "--adapter")),
         ("relufy", ("--rank", 3, "--down")),
         ("relufy", ("--down", "--reconstruct", "--adapter")),
+        ("relufy", ("--activation", "centred", "--sparsity", 0.7, "--down", "--reconstruct", "--adapter")),
         ("relufy", ("--reconstruct", "--sparsity", 0.7, "--adapter")),
         ("topk", ("--sparsity", 0.9)),
         ("lte", ("--sparsity", 0.5, "--efficiency", 1)),

@@ -36,12 +36,13 @@ CLOSE = 2e-3  # logits of the same weights, computed in another order
 def relufied(network: Network, kind: Any = "threshold", **more: Any) -> Method:
     if kind == "shifted":
         shift(network, 0.3)
-    rise = Rise(0.6, 1, start=0.6) if kind == "threshold" else None
+    rise = Rise(0.6, 1, start=0.6) if kind in ("threshold", "centred") else None
     return Relufy(network, WINDOWS, rise, 1, kind=kind, **more)
 
 
 METHODS: dict[str, Callable[[Network], Method]] = {
     "threshold": relufied,
+    "centred": lambda network: relufied(network, "centred"),
     "relu": lambda network: relufied(network, "relu"),
     "stage 2": lambda network: relufied(network, "relu", stage=2),
     "shifted": lambda network: relufied(network, "shifted"),
@@ -101,6 +102,8 @@ def test_every_family_is_read_back(family: str, checkpoint: Callable[[str], Chec
     network = Network.from_checkpoint(opened).requires_grad_(False)
     vectors = {f"layers.{i}.act_threshold.weight": layer.activation.least
                for i, layer in enumerate(network.layers) if hasattr(layer.activation, "least")}  # fmt: skip
+    vectors |= {f"layers.{i}.act_centre.weight": layer.activation.centre
+                for i, layer in enumerate(network.layers) if getattr(layer.activation, "centre", None) is not None}  # fmt: skip
     export.write(network, opened, Result(vectors=vectors), tmp_path)
     again = open_checkpoint(tmp_path)
     assert again.config == opened.config
