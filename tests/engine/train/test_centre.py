@@ -113,11 +113,11 @@ def test_what_is_written_is_read_back(checkpoint: Callable[[str], Checkpoint], t
     whole = open_checkpoint(tmp_path / "out")
     assert adapted.config.hidden_act == whole.config.hidden_act == "centred_silu"
     assert not any("bypass" in name for name in open_adapter(path).entries)
-    for found, close in ((whole, 3e-3), (adapted, 0.6)):
+    for found, close in ((whole, 1e-3), (adapted, 0.15)):
         tensors = {name: found.read(name) for name in found.config.shapes()}
-        assert np.abs(reference.forward(found.config, tensors, IDS) - wanted).max() < close
+        assert np.abs(reference.forward(found.config, tensors, IDS) - wanted).mean() < close
         again = Network.from_checkpoint(found)
-        assert np.abs(logits(again) - wanted).max() < close
+        assert np.abs(logits(again) - wanted).mean() < close
         name = "layers.1.bypass.weight"
         np.testing.assert_allclose(tensors[name], network.layers[1].bypass.weight.detach().numpy(), atol=1e-3)
         np.testing.assert_array_equal(found.read(name, 3, 9), tensors[name][3:9])

@@ -100,10 +100,13 @@ def test_the_engine_computes_what_the_network_does(
 def test_every_family_is_read_back(family: str, checkpoint: Callable[[str], Checkpoint], tmp_path: Path) -> None:
     opened = checkpoint(family)
     network = Network.from_checkpoint(opened).requires_grad_(False)
-    vectors = {f"layers.{i}.act_threshold.weight": layer.activation.least
-               for i, layer in enumerate(network.layers) if hasattr(layer.activation, "least")}  # fmt: skip
-    vectors |= {f"layers.{i}.act_centre.weight": layer.activation.centre
-                for i, layer in enumerate(network.layers) if getattr(layer.activation, "centre", None) is not None}  # fmt: skip
+    kept = {"act_threshold": "least", "act_centre": "centre"}
+    vectors = {
+        f"layers.{i}.{name}.weight": found
+        for i, layer in enumerate(network.layers)
+        for name, buffer in kept.items()
+        if (found := getattr(layer.activation, buffer, None)) is not None
+    }
     export.write(network, opened, Result(vectors=vectors), tmp_path)
     again = open_checkpoint(tmp_path)
     assert again.config == opened.config
