@@ -42,10 +42,11 @@ def layer_norm(random: Random, *, columns: int, eps: float = 1e-5) -> Case:
     return Case(run, (Expectation(out, scaled + bias, ROUNDING * (np.abs(scaled) + np.abs(bias))),))
 
 
-def activate(random: Random, *, kind: int, count: int, row: int = 0) -> Case:
+def activate(random: Random, *, kind: int, count: int, row: int = 0, centred: bool = False) -> Case:
     """The activation function, in place; it may overwrite the seven values that follow.
 
-    With a `row`, what is not over its threshold becomes zero; every so many values have the same list of thresholds.
+    With a `row`, what is not over its threshold becomes zero, if `centred` less a centre; every so many values have the
+    same list of thresholds and of centres.
     """
     out = Output((count,), spare=28)
     out.array[:] = random.standard_normal(count, np.float32) * 5
@@ -54,6 +55,8 @@ def activate(random: Random, *, kind: int, count: int, row: int = 0) -> Case:
     least = np.abs(random.standard_normal(3 * row, np.float32))
     ids = random.permutation(3 * row)[:row].astype(np.int32)
     least[ids[8:9]] = special[8]  # what equals its threshold is not over it
+    centre = random.standard_normal(3 * row, np.float32) * np.float32(0.1)
+    centre[ids[:9]] = 0
     x = out.array.astype(np.float64)
     with np.errstate(over="ignore"):
         values = {
@@ -64,14 +67,17 @@ def activate(random: Random, *, kind: int, count: int, row: int = 0) -> Case:
         }[kind]()
     if kind in (pointwise.RELU, pointwise.RELU2):
         values = np.nan_to_num(values, nan=0.0, posinf=np.inf)
+    if centred:
+        values = values - np.resize(centre[ids], count)
     if row:
         values = np.where(np.abs(values) <= np.resize(least[ids], count), 0, values)
-    arguments = (kind, out.address, count, least.ctypes.data if row else 0, ids.ctypes.data, row)
+    lists = centre.ctypes.data if centred else 0, least.ctypes.data if row else 0, ids.ctypes.data
+    arguments = (kind, out.address, count, *lists, row)
 
-    def run(_keep: object = (least, ids)) -> None:
+    def run(_keep: object = (centre, least, ids)) -> None:
         pointwise.activate(*arguments)
 
-    return Case(run, (Expectation(out, values, ROUNDING * np.abs(values) + 1e-7),))
+    return Case(run, (Expectation(out, values, ROUNDING * (np.abs(values) + centred) + 1e-7),))
 
 
 def rotate(random: Random, *, half: int) -> Case:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from fewfire.packed import Packed
     from fewfire.selectors.store import About
 
-_FFN, _ATTENTION = ("gate", "up", "down", "act_threshold"), ("q", "k", "v", "o", "q_norm", "k_norm")
+_FFN = ("gate", "up", "down", "act_threshold", "act_centre", "bypass")
+_ATTENTION = ("q", "k", "v", "o", "q_norm", "k_norm")
 
 
 @click.command()

@@ -152,7 +152,7 @@ def _layer_rows(checkpoint: Checkpoint, config: ModelConfig, at: str, name: str,
     elif name == "qkv_bias":
         for part in "qkv":
             yield checkpoint.read(f"{at}{part}.bias")
-    elif name in ("o", "gate"):
+    elif name in ("o", "gate", "bypass"):
         yield _encode(checkpoint.read(f"{at}{name}.weight"), of.rows, "dot", f"{at}{name}.weight")
     elif name == "updown":
         yield from _neurons(checkpoint, config, at, of)

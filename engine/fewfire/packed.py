@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fewfire.config import THRESHOLDED, ModelConfig
+from fewfire.config import CENTRED, THRESHOLDED, ModelConfig
 from fewfire.errors import CheckpointError
 from fewfire.quantize import row_bytes
 
@@ -34,7 +34,7 @@ _NAMES = {np.dtype(np.float32): "F32", np.dtype(np.uint8): "U8"}
 _PARTS = {
     "embed": ("embed", "positions"),
     "attention": ("qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias"),
-    "ffn": ("gate", "gate_bias", "updown", "up_bias", "down_bias", "act_threshold"),
+    "ffn": ("gate", "gate_bias", "updown", "up_bias", "down_bias", "act_threshold", "act_centre", "bypass"),
     "head": ("head",),
 }
 
@@ -54,7 +54,7 @@ class Array:
 class Formats(NamedTuple):
     """The number formats of a packed model's parts."""
 
-    rows: str  # q, k, v, o, gate, up
+    rows: str  # q, k, v, o, gate, up, bypass
     down: str
     table: str  # the embedding and the head
 
@@ -108,6 +108,9 @@ def arrays(config: ModelConfig, weights: str) -> dict[str, Array]:
             floats("up_bias", layers, c.intermediate_size)
     if c.hidden_act in THRESHOLDED:
         floats("act_threshold", layers, c.intermediate_size)
+    if c.hidden_act in CENTRED:
+        floats("act_centre", layers, c.intermediate_size)
+        matrix("bypass", layers, c.hidden_size, row)
     if c.qk_norm:
         floats("q_norm", layers, c.head_dim)
         floats("k_norm", layers, c.head_dim)
@@ -181,7 +184,8 @@ class Packed:
     def bytes_per_token(self) -> int:
         """Bytes of weights that a token reads if nothing is left out: all matrices, and a row of the embedding."""
         head = self._bytes("head") or self._bytes("embed")
-        return sum(map(self._bytes, ("qkv", "o", "gate", "updown"))) + head + self.arrays["embed"].shape[2]
+        layers = sum(map(self._bytes, ("qkv", "o", "gate", "updown", "bypass")))
+        return layers + head + self.arrays["embed"].shape[2]
 
     def _bytes(self, name: str) -> int:
         return self.arrays[name].nbytes if name in self.arrays else 0

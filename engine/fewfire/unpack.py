@@ -59,6 +59,6 @@ def _tensor(packed: Packed, name: str, layer: int) -> np.ndarray:
     }.get(part, (part, 0, None))
     if kind == "bias":
         return arrays[f"{array}_bias"][layer, start:stop]
-    if "norm" in part or part == "act_threshold":
+    if "norm" in part or part in ("act_threshold", "act_centre"):
         return arrays[array][layer]
     return decode(arrays[array][layer, start:stop], of.rows, "dot", queries if part == "o" else c.hidden_size)

@@ -97,9 +97,10 @@ def _settle_gates(model, weights, work):
             store_f32x8(work.ups + i, load_f32x8(work.gates + size + i))
         add_to(work.ups, weights.up_bias, n)
         if model.act_on_up:
-            call(model.activate, (model.activation, work.ups, n, weights.act_threshold, model.every, n))
+            call(model.activate, (model.activation, work.ups, n, 0, weights.act_threshold, model.every, n))
     add_to(work.gates, weights.gate_bias, n)
-    call(model.activate, (model.activation, work.gates, n, weights.act_threshold, model.every, n))
+    own = weights.act_centre, weights.act_threshold, model.every
+    call(model.activate, (model.activation, work.gates, n, *own, n))
 
 
 @primitive(THE_MODEL, *A_PHASE, A_LAYER, THE_WORK, _I, result=_I)

@@ -45,8 +45,10 @@ _PRIMITIVES = """
 """
 _STEPS = "keep scatter_kept find_top predict reduce column_chunk join_chunks all_gates screened_logits leave_out "
 # `width` is the hidden size padded to 64, `head_width` head_dim padded to 8, `cell` the bytes of one cached head.
+# `centred`: whether centres and bypasses are part of the model, so that prefill, too, needs them.
 _SHAPE = """
     layers hidden width heads kv_heads head_dim head_width cell neurons vocab activation act_on_up gated norm_relu
+    centred
 """
 # Rows are `stride` bytes apart; a neuron's down row begins `down` bytes into its row of `updown`. `every` is the list
 # of all rows of any matrix, and some more for kernels to look ahead to; `frequencies` float32 (2, head_dim / 2):
@@ -54,13 +56,14 @@ _SHAPE = """
 # tables' rows; `qkv_column` and so on the bytes of a column of a projection (see `columns.py`). `screen` is the head at
 # low rank (see `head.py`), 0 if there is none.
 _TABLES = """
-    embed positions head table_stride qkv_stride o_stride gate_stride updown_stride down
+    embed positions head table_stride qkv_stride o_stride gate_stride updown_stride down bypass_stride
     final_norm final_norm_bias frequencies rope_half every table_integer qkv_column o_column ffn_column
     screen screen_stride screen_basis screen_bias screen_rank
 """
 MODEL = record(_PRIMITIVES + _STEPS + _SHAPE + _TABLES, "eps attention_scale embedding_scale screen_margin")
 
-# One layer: `act_threshold` are the neurons' thresholds of the activation function (see `pointwise.activate`), `local`
+# One layer: `act_threshold` are the neurons' thresholds of the activation function, `act_centre` their centres (see
+# `pointwise.activate`), `bypass` (hidden,) rows whose products with the FFN's input are added to its output. `local`
 # says whether it uses the local RoPE, `window` what it sees. `qkv_columns` and so on are projections by columns, 0
 # where they are read by rows, and `qkv_least` their inputs' thresholds (see `columns.py`). What its FFN may leave out
 # (see `select.py`): `active` lists its neurons, group by group of `group_size`; `predictor` are rows that score the
@@ -69,7 +72,7 @@ MODEL = record(_PRIMITIVES + _STEPS + _SHAPE + _TABLES, "eps attention_scale emb
 # nothing is dropped.
 LAYER = record(
     """
-    qkv qkv_bias q_norm k_norm o o_bias gate gate_bias updown up_bias down_bias act_threshold
+    qkv qkv_bias q_norm k_norm o o_bias gate gate_bias updown up_bias down_bias act_threshold act_centre bypass
     attn_norm attn_norm_bias attn_post_norm ffn_norm ffn_norm_bias ffn_post_norm local window active
     qkv_columns qkv_least o_columns o_least ffn_columns ffn_least
     predictor predictor_stride predictor_bias groups group_size basis basis_stride rank

@@ -36,7 +36,7 @@ def _fire(model, weights, rows, count, gate, up):
     """gate *= up, for the neurons that `rows` lists, once the up rows have met x."""
     add_listed(up, weights.up_bias, rows, count)
     if model.act_on_up:
-        call(model.activate, (model.activation, up, count, weights.act_threshold, rows, count))
+        call(model.activate, (model.activation, up, count, 0, weights.act_threshold, rows, count))
     multiply_by(gate, up, count)
 
 
@@ -85,6 +85,18 @@ def scatter_kept(model, weights, kept, ids, gate, up, count, x, y, scratch):
 
 
 @inline
+def _begin_sum(model, weights, x, chunk, y):
+    """What the chunk's neurons are added to: its share of the rows of bypass times x, and zeros elsewhere."""
+    for i in range(0, 4 * model.width, 32):
+        store_f32x8(y + i, splat_f32(0.0))
+    if weights.bypass != 0:
+        start, stop = model.hidden * chunk // NEURON_CHUNKS, model.hidden * (chunk + 1) // NEURON_CHUNKS
+        rows, stride, count = model.every + 4 * start, model.bypass_stride, stop - start
+        matrix = weights.bypass, stride, rows, rows + 4 * SOON, stride
+        call(model.gather_dot, (*matrix, count, 0, (count + 3) // 4, x, y + 4 * start))
+
+
+@inline
 def neuron_chunk(model, weights, work, layer, thread, chunk, kept):
     """Adds up a chunk of a layer's neurons in the chunk's part of `work.partial`, and counts the rows that it read.
 
@@ -93,8 +105,7 @@ def neuron_chunk(model, weights, work, layer, thread, chunk, kept):
     y, scratch, own = work.partial + 4 * chunk * model.width, work.factors + thread * work.factors_stride, 4 * thread
     ids, gate, up = work.ids + own * work.longest, work.gate + own * work.longest, work.up + own * work.longest
     block = work.block + 4 * own * BLOCK
-    for i in range(0, 4 * model.width, 32):
-        store_f32x8(y + i, splat_f32(0.0))
+    _begin_sum(model, weights, work.x, chunk, y)
     met = candidates(model, weights, work, chunk, kept, ids, up, gate)
     size = met
     if size > 0:

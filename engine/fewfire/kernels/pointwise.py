@@ -70,12 +70,12 @@ def _sigmoid(x):
     return divide(one, add(one, exp(subtract(splat_f32(0.0), x))))
 
 
-@primitive(_I, _I, _I, _I, _I, _I)
-def activate(kind, values, count, least, ids, row):
-    """values[:count] = act(values[:count]); up to 7 elements past the end are overwritten.
+@primitive(_I, _I, _I, _I, _I, _I, _I)
+def activate(kind, values, count, centre, least, ids, row):
+    """values[:count] = act(values[:count]) less the centres; up to 7 elements past the end are overwritten.
 
-    What is not over its threshold becomes zero: `least[ids[j]]` is that of entry j of every `row` entries. No
-    thresholds: `least` is 0.
+    What is then not over its threshold becomes zero: `centre[ids[j]]` and `least[ids[j]]` are those of entry j of every
+    `row` entries. No centres: `centre` is 0. No thresholds: `least` is 0.
     """
     end = values + 4 * count
     if kind == SILU:
@@ -95,6 +95,11 @@ def activate(kind, values, count, least, ids, row):
     else:
         for at in range(values, end, 32):
             store_f32x8(at, where_over(load_f32x8(at), splat_f32(0.0)))
+    if centre != 0:
+        for j in range(row):
+            idle = load_f32(centre + 4 * load_i32(ids + 4 * j))
+            for at in range(values + 4 * j, end, 4 * row):
+                store_f32(at, load_f32(at) - idle)
     if least != 0:
         for j in range(row):
             threshold = load_f32(least + 4 * load_i32(ids + 4 * j))

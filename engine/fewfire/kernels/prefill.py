@@ -80,10 +80,11 @@ def _fire(model, weights, batch, start, count, gate, up):
     """act(gate) * up of some neurons, all tokens."""
     x, tokens, size = batch.x, batch.tokens, batch.tokens * ROWS
     thresholds = weights.act_threshold, model.every + 4 * start, ROWS
+    centre = weights.act_centre if model.centred != 0 else 0
     rows = weights.gate + start * model.gate_stride
     call(model.dot_tokens, (rows, model.gate_stride, count, x, tokens, gate, 4 * ROWS))
     _bias_columns(_offset(weights.gate_bias, start), count, gate, 4 * ROWS, tokens)
-    call(model.activate, (model.activation, gate, size, *thresholds))
+    call(model.activate, (model.activation, gate, size, centre, *thresholds))
     if batch.gates != 0:
         for t in range(tokens):
             copy(batch.gates + 4 * (t * model.neurons + start), gate + 4 * t * ROWS, count)
@@ -92,10 +93,21 @@ def _fire(model, weights, batch, start, count, gate, up):
         call(model.dot_tokens, (rows, model.updown_stride, count, x, tokens, up, 4 * ROWS))
         _bias_columns(_offset(weights.up_bias, start), count, up, 4 * ROWS, tokens)
         if model.act_on_up:
-            call(model.activate, (model.activation, up, size, *thresholds))
+            call(model.activate, (model.activation, up, size, 0, *thresholds))
         multiply_by(gate, up, size)
     for t in range(tokens):
         copy(batch.fired + 4 * (t * model.neurons + start), gate + 4 * t * ROWS, count)
+
+
+@inline
+def _add_bypass(model, weights, batch, strip, out):
+    """batch.delta += bypass times x, a strip of the outputs, all tokens; `out`: scratch (tokens, ROWS)."""
+    tokens, stride, end = batch.tokens, model.bypass_stride, min(model.hidden, STRIP * (strip + 1))
+    for start in range(STRIP * strip, end, ROWS):
+        count = min(end - start, ROWS)
+        call(model.dot_tokens, (weights.bypass + start * stride, stride, count, batch.x, tokens, out, 4 * ROWS))
+        for t in range(tokens):
+            add_to(batch.delta + 4 * (t * model.width + start), out + 4 * t * ROWS, count)
 
 
 @inline
@@ -252,6 +264,8 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
                 break
             matrix = (downs, model.updown_stride, model.neurons, model.width, strip)
             call(model.down_strip, (*matrix, padded, batch.fired, 4 * model.neurons, panel, batch.delta, width))
+            if model.centred != 0:
+                _add_bypass(model, weights, batch, strip, gate)
             if finish(team, strips):
                 advance(team, phase)
         phase = wait(team, phase)

@@ -118,12 +118,12 @@ def candidates(model, weights, work, chunk, kept, ids, groups, scores):
 
 @inline
 def gates(model, weights, x, ids, size, gate):
-    """act(gate) of the listed neurons."""
+    """act(gate) of the listed neurons, less their centres."""
     pad(ids, size)
     stride, end = model.gate_stride, (size + 3) // 4
     call(model.gather_dot, (weights.gate, stride, ids, ids + 4 * SOON, stride, size, 0, end, x, gate))
     add_listed(gate, weights.gate_bias, ids, size)
-    call(model.activate, (model.activation, gate, size, weights.act_threshold, ids, size))
+    call(model.activate, (model.activation, gate, size, weights.act_centre, weights.act_threshold, ids, size))
 
 
 @primitive(THE_MODEL, *A_PHASE, A_LAYER, THE_WORK, result=_I)

@@ -25,7 +25,8 @@ def test_activate(kind: int, random: np.random.Generator) -> None:
     for count in (0, 1, 7, 8, 9, 64, 1000):
         TABLE["activate"](random, kind=kind, count=count).check()
         for row in {16, count} - {0}:
-            TABLE["activate"](random, kind=kind, count=count, row=row).check()
+            for centred in (False, True):
+                TABLE["activate"](random, kind=kind, count=count, row=row, centred=centred).check()
 
 
 @pytest.mark.parametrize("columns", COLUMNS)
