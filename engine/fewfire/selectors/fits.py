@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fewfire import reference
+from fewfire.config import CENTRED
 from fewfire.observe import Layer
 from fewfire.packed import Packed
 from fewfire.selectors import threshold
@@ -15,8 +16,11 @@ Fit = dict[str, np.ndarray]
 
 def ffn_energy(packed: Packed, layer: Layer, every: int = 1) -> np.ndarray:
     """What an error of the FFN's output is divided by, of every so many tokens: see `threshold.energy`."""
-    output, normed = _output(packed, layer, "down", layer.fired[::every], "ffn_post_norm")
-    return threshold.energy(layer.residual[::every], output, normed)
+    some = slice(None, None, every)
+    output, normed = _output(packed, layer, "down", layer.fired[some], "ffn_post_norm")
+    if packed.config.hidden_act in CENTRED:  # which have no norm behind
+        output = output + reference.linear(layer.tensors, "bypass", layer.ffn_in[some])
+    return threshold.energy(layer.residual[some], output, normed)
 
 
 def attention_energy(packed: Packed, layer: Layer) -> np.ndarray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from fewfire import reference
-from fewfire.config import ModelConfig
+from fewfire.config import THRESHOLDED, ModelConfig
 from fewfire.observe import Layer
 from fewfire.packed import Packed
 from fewfire.quantize import decode, encode
@@ -23,6 +23,7 @@ from fewfire.selectors.scores import Linear, guessed, held_out, reduced_rank, re
 __all__ = ["fill", "fit", "rank_of"]
 
 _INVERTED = 30  # steps of a fixed point, which for usual thresholds are far more than enough
+_LEAST_SILU = -0.27846  # what is under it, every gate is over
 
 
 def rank_of(hidden: int) -> int:
@@ -65,8 +66,10 @@ def _onset(config: ModelConfig, layer: Layer) -> np.ndarray:
     threshold = layer.tensors.get("act_threshold.weight")
     if threshold is None:
         return np.zeros((), np.float32)
-    found = threshold
-    if config.hidden_act == "fatsilu":
-        for _ in range(_INVERTED):
-            found = threshold * (1 + np.exp(-found))  # silu(x) = t is x = t (1 + exp(-x))
+    over = threshold + layer.tensors.get("act_centre.weight", np.float32(0))
+    if THRESHOLDED[config.hidden_act] != "silu":
+        return over
+    found = over = np.maximum(over, np.float32(_LEAST_SILU))
+    for _ in range(_INVERTED):
+        found = over * (1 + np.exp(-found))  # silu(x) = t is x = t (1 + exp(-x))
     return found

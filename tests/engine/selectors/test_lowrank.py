@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 import planted
+from fewfire import reference
 from fewfire.config import Activation
 from fewfire.observe import Layer
 from fewfire.quantize import decode, row_bytes
@@ -72,15 +75,28 @@ def test_scores_beat_guessed_gates_of_the_same_rank(layer: Layer) -> None:
     assert np.interp(0.3, fit["densities"], fit["errors"]) < lost
 
 
-@pytest.mark.parametrize("act", ["relu", "fatrelu"])
+@pytest.mark.parametrize("act", ["relu", "fatrelu", "centred_silu"])
 def test_a_planted_gate_is_found(random: np.random.Generator, act: Activation) -> None:
-    """Who fires is known exactly, with the gates' bias and the activation function's threshold."""
+    """Who fires is known exactly, with the gates' bias and the activation function's threshold and centre."""
     packed, layer = planted.packed("q8", act), planted.layer(random, act, rank=8)
     held = held_out(len(layer.fired))
-    fires = (layer.gate > 0)[held]
+    fires = (layer.gate != 0)[held]
+    assert fires.mean() == pytest.approx(0.2, abs=0.02)
     fit = lowrank.fit(packed, layer, rank=8)
     kept = predicted(lowrank.fill(packed, [fit], [1.3 * fires.mean()]), packed.formats, layer)[held]
     assert (kept & fires).sum() / fires.sum() > 0.998
+
+
+@pytest.mark.parametrize("act", ["fatrelu", "fatsilu", "centred_silu"])
+def test_the_onset_is_where_a_gate_begins_to_fire(random: np.random.Generator, act: Activation) -> None:
+    config, limits = planted.packed(act=act).config, random.uniform(0.05, 2, (1, 100)).astype(np.float32)
+    tensors = {"act_threshold.weight": limits[0]}
+    if act == "centred_silu":
+        tensors["act_centre.weight"] = random.uniform(-0.27, 0.3, 100).astype(np.float32)
+    onset = lowrank._onset(config, SimpleNamespace(tensors=tensors))  # type: ignore[arg-type]
+    below, above = (reference.activate(config, onset + step, *tensors.values()) for step in (-1e-2, 1e-2))
+    assert (below == 0).all()
+    assert (above > 0).all()
 
 
 def test_rounding_is_counted(layer: Layer) -> None:
