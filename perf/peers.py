@@ -161,7 +161,7 @@ class Fewfire(Stepwise):
     def bytes_per_token(self, positions: int) -> int:
         c, arrays = self.model.config, self.model.packed.arrays
         tables = {"positions"} if c.tie_word_embeddings else {"positions", "embed"}  # a token reads one row of each
-        counted = {"qkv", "o", "gate", "updown", "head", "embed"}
+        counted = {"qkv", "o", "gate", "updown", "bypass", "head", "embed"}
         rest = sum(a.nbytes for name, a in arrays.items() if name not in counted | tables)
         return self.model.engine.bytes_read() + rest + self.cached_bytes(positions)
 

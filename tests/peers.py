@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -54,14 +54,14 @@ def from_directory(directory: Path) -> Model:
     """Transformers' own reading of a directory; families that it lacks are patched onto a Llama."""
     data = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     kind, act = data["model_type"], data.get("hidden_act", "")
-    if kind not in ("sparsellama", "bamboo") and not act.startswith("fat"):
+    if kind not in ("sparsellama", "bamboo") and not act.startswith(("fat", "centred")):
         model = _load(transformers.AutoModelForCausalLM, directory)
     else:
-        thresholds = [v for n, v in load_file(directory / "model.safetensors").items() if "act_threshold" in n]
-        thresholds = thresholds or [torch.tensor(data.pop("hidden_act_param", 0.0))] * data["num_hidden_layers"]
+        stored, alike = load_file(directory / "model.safetensors"), torch.tensor(data.pop("hidden_act_param", 0.0))
+        ffns = [_ffn(stored, f"model.layers.{i}.mlp.", alike) for i in range(data["num_hidden_layers"])]
         config = transformers.LlamaConfig(**{k: v for k, v in data.items() if k not in ("model_type", "hidden_act")})
         model = _load(transformers.LlamaForCausalLM, directory, config=config)
-        patch_ffn(model, _BASES[act], thresholds, act_on_up=kind == "bamboo")
+        patch_ffn(model, _BASES[act], ffns, act_on_up=kind == "bamboo")
     if data.get("norm_relu"):
         patch_norms(model)
     return model
@@ -70,11 +70,12 @@ def from_directory(directory: Path) -> Model:
 def transformers_model(checkpoint: Readable) -> Model:
     """A torch model with the weights of a checkpoint, read under their canonical names."""
     config = checkpoint.config
-    state = {}
+    state, own = {}, {}
     for name in config.shapes():
-        if "act_threshold" in name:
-            continue
         values = checkpoint.read(name)
+        if any(part in name for part in Ffn._fields):
+            own[name] = torch.from_numpy(values)
+            continue
         if config.post_norms and "norm" in name:
             values = values - 1  # Gemma multiplies with 1 + w
         if name == "positions.weight":
@@ -89,12 +90,8 @@ def transformers_model(checkpoint: Readable) -> Model:
         if config.rope.factors:
             model.model.rotary_emb.inv_freq /= torch.tensor(config.rope.factors)
     if config.hidden_act in THRESHOLDED or config.act_on_up:
-        thresholds = [torch.zeros(1)] * config.num_hidden_layers
-        if config.hidden_act in THRESHOLDED:
-            thresholds = [
-                torch.from_numpy(checkpoint.read(f"layers.{i}.act_threshold.weight")) for i in range(len(thresholds))
-            ]
-        patch_ffn(model, _BASES[config.hidden_act], thresholds, act_on_up=config.act_on_up)
+        ffns = [_ffn(own, f"layers.{i}.", torch.zeros(1)) for i in range(config.num_hidden_layers)]
+        patch_ffn(model, _BASES[config.hidden_act], ffns, act_on_up=config.act_on_up)
     if config.norm_relu:
         patch_norms(model)
     return model
@@ -102,7 +99,7 @@ def transformers_model(checkpoint: Readable) -> Model:
 
 def _load(cls: Any, source: Path | None, **options: Any) -> Model:
     """Float32, and eager attention, which is the plainest."""
-    cls._keys_to_ignore_on_load_unexpected = ["act_threshold"]
+    cls._keys_to_ignore_on_load_unexpected = list(Ffn._fields)
     model, report = cls.from_pretrained(
         source, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **options
     )
@@ -139,7 +136,7 @@ def hf_name(config: ModelConfig, name: str) -> str:
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
     """A transformers config, its family chosen by the features of `config` and not by its name."""
-    acts = {"gelu_tanh": "gelu_pytorch_tanh", "fatrelu": "relu", "fatsilu": "silu"}
+    acts = {"gelu_tanh": "gelu_pytorch_tanh", "fatrelu": "relu", "fatsilu": "silu", "centred_silu": "silu"}
     act = acts.get(config.hidden_act, config.hidden_act)
     settings: dict[str, Any] = {
         "vocab_size": config.vocab_size,
@@ -213,24 +210,42 @@ _BASES: dict[str, Activation] = {
     "relu": torch.relu,
     "fatrelu": torch.relu,
     "fatsilu": torch.nn.functional.silu,
+    "centred_silu": torch.nn.functional.silu,
 }
 
 
-def patch_ffn(model: Model, base: Activation, thresholds: Sequence[torch.Tensor], *, act_on_up: bool) -> None:
+class Ffn(NamedTuple):
+    """What a layer's FFN has of its own, by the tensors' names."""
+
+    act_threshold: torch.Tensor
+    act_centre: torch.Tensor | float = 0.0
+    bypass: torch.Tensor | None = None
+
+
+def _ffn(tensors: Mapping[str, torch.Tensor], at: str, threshold: torch.Tensor) -> Ffn:
+    """A layer's, from tensors whose names begin so; with this threshold where none is stored."""
+    stored = {name: tensors.get(f"{at}{name}.weight") for name in Ffn._fields}
+    return Ffn(**{"act_threshold": threshold} | {name: value for name, value in stored.items() if value is not None})
+
+
+def patch_ffn(model: Model, base: Activation, ffns: Sequence[Ffn], *, act_on_up: bool) -> None:
     """Give the FFNs of a Llama another activation, also on the up projection if asked (Bamboo).
 
-    It is zero where its absolute value is not over the layer's thresholds (ProSparse, 2402.13516; CATS, 2404.08763).
+    It is measured from the layer's centres, and zero where its absolute value is not over the layer's thresholds
+    (ProSparse, 2402.13516; CATS, 2404.08763).
     """
 
     def forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
         def act(y: torch.Tensor) -> torch.Tensor:
-            return torch.where(base(y).abs() > mlp.thresholds, base(y), 0.0)
+            y = base(y) - mlp.own.act_centre
+            return torch.where(y.abs() > mlp.own.act_threshold, y, 0.0)
 
         up = mlp.up_proj(x)
-        return mlp.down_proj(act(mlp.gate_proj(x)) * (act(up) if act_on_up else up))
+        y = mlp.down_proj(act(mlp.gate_proj(x)) * (act(up) if act_on_up else up))
+        return y if mlp.own.bypass is None else y + x @ mlp.own.bypass.T
 
-    for layer, threshold in zip(model.model.layers, thresholds, strict=True):
-        layer.mlp.thresholds = threshold
+    for layer, own in zip(model.model.layers, ffns, strict=True):
+        layer.mlp.own = own
         layer.mlp.forward = types.MethodType(forward, layer.mlp)
 
 

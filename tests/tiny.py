@@ -76,6 +76,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "llama-relu": _LLAMA | {"hidden_act": "relu"},
     "llama-relu2": _LLAMA | {"hidden_act": "relu2"},
     "llama-fatsilu": _LLAMA | {"hidden_act": "fatsilu"},  # with thresholds of its own for each neuron
+    "llama-centred": _LLAMA | {"hidden_act": "centred_silu"},  # with centres and a bypass as well
     "llama-norm-relu": _LLAMA | {"hidden_act": "relu", "norm_relu": True},
     "sparsellama": _LLAMA
     | {
@@ -214,8 +215,12 @@ def tiny_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]
         else:
             for name, rows, columns in (("gate", ff, d), ("up", ff, d), ("down", d, ff)):
                 yield from linear(f"{at}mlp.{name}_proj", rows, columns, config.get("mlp_bias", False))
-        if config.get("hidden_act", "").startswith("fat") and "hidden_act_param" not in config:
+        act = config.get("hidden_act", "")
+        if act.startswith(("fat", "centred")) and "hidden_act_param" not in config:
             yield f"{root}{at}mlp.act_threshold.weight", (ff,)
+        if act.startswith("centred"):
+            yield f"{root}{at}mlp.act_centre.weight", (ff,)
+            yield from linear(at + "mlp.bypass", d, d)
     yield from norm("final_layer_norm" if opt else "norm")
     if not config.get("tie_word_embeddings", kind.startswith(TIED_BY_DEFAULT)):
         yield "lm_head.weight", (config["vocab_size"], d)
@@ -228,6 +233,8 @@ def tiny_tensor(config: dict[str, Any], name: str, shape: tuple[int, ...], seed:
     values = random.standard_normal(shape).astype(np.float32)
     if name.endswith("act_threshold.weight"):
         return np.abs(values) * np.float32(0.18)
+    if name.endswith("act_centre.weight"):
+        return values * np.float32(0.06) - np.float32(0.1)
     if name.endswith(".bias"):
         return values * np.float32(0.3)
     if "norm" in name:  # Gemma stores the weight minus 1

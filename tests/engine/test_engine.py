@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import oracle
-from fewfire import engine, packed
+from fewfire import engine, packed, reference
 from fewfire.checkpoint import open_checkpoint
 from fewfire.config import EXACT_ZEROS, THRESHOLDED
 from fewfire.engine import BATCH
@@ -24,7 +25,8 @@ from fewfire.pack import pack
 from fewfire.packed import open_packed
 from fewfire.quantize import FORMATS
 from fewfire.selectors import Selection
-from tiny import FAMILIES, prompt, write_tiny
+from tiny import FAMILIES, prompt, write_safetensors, write_tiny
+from unpack import tensors as unpacked
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TOLERANCE = 2e-4  # ten times under what is promised; float32 in another order gives 5e-5
@@ -115,6 +117,47 @@ def test_neurons_that_are_zero_are_not_read(family: str, weights: str, packed_pa
         np.testing.assert_array_equal(ours, theirs)
 
 
+# --- activations that are measured from a centre ----------------------------------------------------------------------
+
+
+def uncut(source: Path) -> None:
+    """No threshold cuts anything any more, and the bypass is what the centres give."""
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith("act_centre.weight")]:
+        at, centre = name.removesuffix("act_centre.weight"), tensors[name]
+        tensors[at + "act_threshold.weight"] = np.full_like(centre, -1)
+        tensors[at + "bypass.weight"] = (tensors[at + "down_proj.weight"] * centre) @ tensors[at + "up_proj.weight"]
+    write_safetensors(file, tensors)
+
+
+@pytest.mark.parametrize("weights", ["f32", "q8"])
+@pytest.mark.parametrize("hidden", [12, 40, 64, 90, 200])
+def test_a_bypass_puts_back_what_the_centres_give(hidden: int, weights: str, tmp_path: Path) -> None:
+    """In rows that no chunk or strip begins or ends with; what is then left is a plain SiLU, of the same weights."""
+    ids, models = prompt(33), list[Model]()
+    for family in ("llama", "llama-centred"):
+        source = write_tiny(family, tmp_path / family, hidden_size=hidden, head_dim=16)
+        uncut(source)
+        opened = open_packed(pack(source, tmp_path / f"packed-{family}", weights))
+        models += [Model(opened, threads, dense=dense) for threads in (1, 2) for dense in (False, True)]
+    plain, *others = (logits(model, ids, 21) for model in models)
+    assert all(largest(other, plain) < (TOLERANCE if weights == "f32" else 0.05 * plain.std()) for other in others)
+
+
+def test_decoding_follows_a_layers_centres_and_prompts_those_of_the_model(packed_path: PackedPath) -> None:
+    """A selection may have them for a model that has none."""
+    plain, centred = (open_packed(packed_path(family, "f32")) for family in ("llama", "llama-centred"))
+    model, ids = Model(plain, 2), prompt(20)
+    before = logits(model, ids, 20)
+    for name in ("act_centre", "bypass"):
+        model.engine._layers.point_each(name, centred.arrays[name])
+    np.testing.assert_array_equal(logits(model, ids, 20), before)
+    tensors = unpacked(centred)
+    tensors |= {name: np.full_like(values, -1) for name, values in tensors.items() if "act_threshold" in name}
+    assert largest(logits(model, ids), reference.forward(centred.config, tensors, ids)) < TOLERANCE
+
+
 # --- f32 --------------------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +219,7 @@ def test_every_format_matches_the_oracle(family: str, weights: str, packed_path:
     check_format(model_of(packed_path(family, weights)), prompt(80))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "llama-centred"])
 def test_q4_throughout(family: str, tiny_path: Callable[[str], Path], tmp_path: Path, monkeypatch: Any) -> None:
     """With q4 down rows, as large models have them."""
     monkeypatch.setattr(packed, "_SMALL", 0)
@@ -186,7 +229,7 @@ def test_q4_throughout(family: str, tiny_path: Callable[[str], Path], tmp_path: 
 
 
 @pytest.mark.parametrize("weights", FORMATS)
-@pytest.mark.parametrize("family", ["qwen2", "gemma3", "opt", "bamboo"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "opt", "bamboo", "llama-centred"])
 def test_formats_at_odd_sizes(family: str, weights: str, tmp_path: Path) -> None:
     source = write_tiny(family, tmp_path / "source", seed=2, **ODD)
     check_format(model_of(pack(source, tmp_path / "packed", weights)), prompt(80, vocab_size=311, seed=2))
@@ -196,7 +239,7 @@ def test_formats_at_odd_sizes(family: str, weights: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("weights", FORMATS)
-@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "llama-centred"])
 def test_any_number_of_threads_gives_the_same_bits(family: str, weights: str, packed_path: PackedPath) -> None:
     ids = prompt(60)
     one, *others = (logits(model_of(packed_path(family, weights), threads), ids, 37) for threads in (1, 2, 3))

@@ -55,6 +55,8 @@ def test_the_parts_of_a_layer_fit_together(family, packed_path):
         assert layer.tensors["down.weight"].T.flags.c_contiguous
         if following is not None:
             y = reference.linear(layer.tensors, "down", layer.fired)
+            if "bypass.weight" in layer.tensors:
+                y = y + reference.linear(layer.tensors, "bypass", layer.ffn_in)
             if c.post_norms:
                 y = reference.normed(c, layer.tensors, "ffn_post_norm", y)
             again = reference.normed_input(c, following.tensors, "attn_norm", layer.residual + y)

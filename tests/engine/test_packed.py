@@ -17,7 +17,7 @@ from fewfire import packed
 from fewfire.config import ModelConfig
 from fewfire.errors import CheckpointError
 from fewfire.packed import DESCRIPTION, PAGE, VERSION, WEIGHTS, is_packed, open_packed
-from fewfire.quantize import FORMATS
+from fewfire.quantize import FORMATS, row_bytes
 from tiny import FAMILIES
 
 
@@ -75,6 +75,13 @@ def test_parts(packed_path: Callable[[str, str], Path]) -> None:
     assert parts["norms"] == 4 * 64 * (2 * 3 + 1)
     assert open_packed(packed_path("llama-tied", "q4")).parts()["head"] == 0
     assert open_packed(packed_path("opt", "f32")).parts()["embed"] == 4 * 64 * (300 + 160)
+
+
+def test_a_bypass_counts_as_ffn_and_is_read_by_every_token(packed_path: Callable[[str, str], Path]) -> None:
+    plain, centred = (open_packed(packed_path(family, "q4")) for family in ("llama-fatsilu", "llama-centred"))
+    rows = 3 * 64 * row_bytes("q4", 64)
+    assert centred.bytes_per_token() - plain.bytes_per_token() == rows
+    assert centred.parts() == plain.parts() | {"ffn": plain.parts()["ffn"] + rows + 4 * 3 * 96}
 
 
 def test_is_packed(model: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fewfire.reference import ReferenceCache, activate, forward, softmax
 from tiny import FAMILIES, prompt, write_tiny
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-OWN = ("sparsellama", "bamboo", "llama-fatsilu")  # what transformers does not have
+OWN = ("sparsellama", "bamboo", "llama-fatsilu", "llama-centred")  # what transformers does not have
 TOLERANCE = 2e-4  # ten times under what the engine has to meet; float32 rounding alone gives 5e-5
 # Widths that are no multiple of anything, one key head for all, a vocabulary larger than the tokenizer's
 ODD: dict[str, Any] = {

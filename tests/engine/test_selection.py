@@ -151,7 +151,7 @@ def test_growing_a_cache_keeps_what_is_kept(packed_path: PackedPath, random: np.
 
 
 @pytest.mark.parametrize("weights", ["q4", "q8"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "llama-centred"])
 def test_bytes_are_those_of_the_rows(
     family: str, weights: str, packed_path: PackedPath, random: np.random.Generator
 ) -> None:
@@ -161,6 +161,7 @@ def test_bytes_are_those_of_the_rows(
     model.engine.select(None, dense=True)
     decoded(model, IDS[:1])
     every = model.engine.bytes_read()
+    assert every == packed.bytes_per_token()
     selection = selected(random, packed, "lowrank+gate+down")
     model.engine.select(selection)
     decoded(model)

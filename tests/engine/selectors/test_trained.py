@@ -88,7 +88,7 @@ def twin(packed: Packed, ids: list[int]) -> np.ndarray:
         return reference.forward(packed.config, tensors(packed), ids)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "llama-fatsilu", "bamboo"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "llama-fatsilu", "llama-centred", "bamboo"])
 @pytest.mark.parametrize("method", ["topk", "router"])
 def test_prefill_and_decode_keep_to_it(method: str, family: str, packed: Callable[..., Packed]) -> None:
     found = packed(method, family=family)
