@@ -35,9 +35,8 @@ from fewfire_cli.progress import ProgressBar
 @click.option(
     "--activation",
     type=click.Choice(["threshold", "centred", "relu", "shifted"]),
-    default="threshold",
-    show_default=True,
-    help="relufy: the model's own where it is large, or far from where it idles; ReLU, or ReLU(x - b).",
+    help="relufy: the model's own where it is large, or far from where it idles; ReLU, or ReLU(x - b).  [default: "
+    "centred, or threshold where a model cannot have that]",
 )
 @click.option("--stage", type=click.IntRange(1, 2), default=1, help="relufy: 2 for ReLU after the norms, too.")
 @click.option("--shift", default=1.0, show_default=True, help="relufy: b of the shifted ReLU at the start.")

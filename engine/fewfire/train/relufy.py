@@ -39,16 +39,27 @@ def thresholded(kind: Activation) -> Activation:
     return names[kind]
 
 
+def usual(config: ModelConfig) -> Kind:
+    """The kind that changes a model the least of those that it can have."""
+    return "centred" if _centred(config) else "threshold"
+
+
 def centred(config: ModelConfig) -> Activation:
     """The name of a model's activation, cut off around centres. Raises `ValueError` where the engine has none."""
-    names = {THRESHOLDED[name]: name for name in CENTRED}
-    act = THRESHOLDED.get(config.hidden_act, config.hidden_act)
-    if act not in names or not config.gated or config.act_on_up or config.post_norms:
-        raise ValueError(
-            f"only gated FFNs with {', '.join(names)}, whose output is added to the stream as it is, can be centred: "
-            "use --activation relu or threshold"
-        )
-    return names[act]
+    if name := _centred(config):
+        return name
+    known = ", ".join(THRESHOLDED[name] for name in CENTRED)
+    raise ValueError(
+        f"only gated FFNs with {known}, whose output is added to the stream as it is, can be centred: "
+        "use --activation relu or threshold"
+    )
+
+
+def _centred(config: ModelConfig) -> Activation | None:
+    if not config.gated or config.act_on_up or config.post_norms:
+        return None
+    act = config.hidden_act
+    return act if act in CENTRED else {THRESHOLDED[name]: name for name in CENTRED}.get(act)
 
 
 def shift(network: Network, by: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from fewfire.train.lte import Lte
 from fewfire.train.method import Method
 from fewfire.train.network import Network
 from fewfire.train.reconstruct import reconstruct
-from fewfire.train.relufy import Kind, Relufy, shift
+from fewfire.train.relufy import Kind, Relufy, shift, usual
 from fewfire.train.rise import Rise
 from fewfire.train.teacher import TeacherCache
 from fewfire.train.topk import TopKMethod
@@ -56,7 +56,7 @@ class Options:
     labels: float = 0.0  # share of the text's own next tokens in the loss
     layerwise: float = 0.0  # weight of the layers' relative errors
     seed: int = 0
-    activation: Kind = "threshold"
+    activation: Kind | None = None  # of relufy; None: the nearest to the original that the model can have
     stage: int = 1
     shift: float = 1.0
     l1: float = 0.0
@@ -116,9 +116,9 @@ def relufy(setup: Setup) -> Method:
     return Relufy(
         setup.network,
         setup.corpus.windows,
-        setup.rise if o.activation in ("threshold", "centred") or o.sparsity else None,
+        setup.rise if o.activation not in ("relu", "shifted") or o.sparsity else None,
         setup.steps,
-        kind=o.activation,
+        kind=o.activation or usual(setup.network.config),
         stage=o.stage,
         regularization=o.l1,
         uniform=o.uniform,
@@ -182,6 +182,8 @@ def train(
     earlier = open_adapter(Path(options.start)) if options.start else None
     beginning = Adapted(checkpoint, earlier) if earlier else checkpoint
     network = Network.from_checkpoint(beginning, progress).to(device)
+    if method == "relufy" and options.activation is None:
+        options = replace(options, activation=usual(network.config))
     key = f"{fingerprint(path)}-{corpus.key()}-{TOP}" + ("-bf16" if options.bf16 else "")
     teacher = TeacherCache(cache_dir() / "teachers" / key, original, corpus.windows, TOP, key)
     steps = max(1, options.tokens // (options.batch * corpus.windows.shape[1]))

@@ -17,7 +17,7 @@ from fewfire.train import export, lora
 from fewfire.train.centre import ROUNDS, add_bypasses, fit_centres
 from fewfire.train.measure import measure
 from fewfire.train.network import Network
-from fewfire.train.relufy import Relufy
+from fewfire.train.relufy import Relufy, usual
 from fewfire.train.rise import Rise
 from fewfire.train.thresholds import neuron_weights
 from learning import Learned
@@ -128,10 +128,10 @@ def test_what_is_written_is_read_back(checkpoint: Callable[[str], Checkpoint], t
             assert torch.equal(again.layers[i].bypass.weight, torch.from_numpy(tensors[f"layers.{i}.bypass.weight"]))
 
 
-@pytest.mark.parametrize("family", ["gemma3", "opt", "bamboo", "llama-relu"])
+@pytest.mark.parametrize("family", ["gemma3", "opt", "bamboo", "llama-relu", "llama-fatsilu"])
 def test_models_that_cannot_be_centred_say_so(family: str, network: Callable[[str], Network]) -> None:
-    if family not in tiny.FAMILIES:
-        pytest.skip(f"there is no tiny {family}")
+    assert usual(network(family).config) == "threshold"
+    assert usual(network("llama").config) == "centred"
     with pytest.raises(ValueError, match="can be centred"):
         relufied(network(family), np.random.default_rng(0).integers(3, 300, (8, 32)))
 
