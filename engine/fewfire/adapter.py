@@ -106,8 +106,9 @@ class Adapted:
         for name, entry in adapter.entries.items():  # so that nothing damaged shows halfway through
             if not name.endswith(DELTA):
                 self._tensor(name, 0, entry.shape[0])
-        for name in self._deltas:
-            self._delta(name, 0, self.config.shapes()[name][0])
+        for name, shape in self.config.shapes().items():
+            if name in self._deltas or self._derived(name):
+                self.read(name, 0, shape[0])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """See `Checkpoint.read`."""
@@ -115,7 +116,7 @@ class Adapted:
         start, stop = row_range(name, shape[0], start, stop)
         if name in self._adapter.entries:
             return self._tensor(name, start, stop)
-        if name.endswith(_BYPASS) and name not in self._checkpoint.config.shapes():
+        if self._derived(name):
             return self._bypass(name.removesuffix(_BYPASS), start, stop)
         rows = self._checkpoint.read(name, start, stop)
         if name in self._low_rank:
@@ -123,7 +124,8 @@ class Adapted:
             rank = self._adapter.entries[f"{part}.A"].shape[0]
             rows = rows + self._tensor(f"{part}.B", start, stop) @ self._tensor(f"{part}.A", 0, rank)
         if name in self._deltas:
-            rows = rows + self._delta(name, start, stop)
+            with np.errstate(over="ignore"):
+                rows = finite(rows + self._delta(name, start, stop), name, self._adapter.path)
         return rows
 
     def tokenizer_json(self) -> str:
@@ -134,11 +136,18 @@ class Adapted:
         """See `Checkpoint.chat_template`."""
         return self._checkpoint.chat_template()
 
+    def _derived(self, name: str) -> bool:
+        """Whether a tensor is in neither file, but follows from what is there."""
+        return name.endswith(_BYPASS) and name not in self._checkpoint.config.shapes()
+
     def _bypass(self, at: str, start: int, stop: int) -> np.ndarray:
         """Rows of down diag(centre) up, of the model's own matrices; `at` is the layer, as in "layers.3"."""
         centre = self._tensor(f"{at}.act_centre.weight", 0, self.config.intermediate_size)
-        rows = self._checkpoint.read(f"{at}.down.weight", start, stop) * centre
-        return rows @ self._checkpoint.read(f"{at}.up.weight")
+        with np.errstate(over="ignore", invalid="ignore"):
+            rows = (self._checkpoint.read(f"{at}.down.weight", start, stop) * centre) @ self._checkpoint.read(
+                f"{at}.up.weight"
+            )
+        return finite(rows, f"{at}{_BYPASS}", self._adapter.path)
 
     def _delta(self, name: str, start: int, stop: int) -> np.ndarray:
         """What these rows of a matrix gain, `(stop - start, in)`."""

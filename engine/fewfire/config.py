@@ -14,13 +14,8 @@ import numpy as np
 
 Activation = Literal["silu", "gelu_tanh", "relu", "relu2", "fatrelu", "fatsilu", "centred_silu"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "relu", "relu2", "fatrelu", "fatsilu", "centred_silu")
-EXACT_ZEROS: tuple[Activation, ...] = (
-    "relu",
-    "relu2",
-    "fatrelu",
-    "fatsilu",
-    "centred_silu",
-)  # for most of what they see
+#: Zero for most of what they see.
+EXACT_ZEROS: tuple[Activation, ...] = ("relu", "relu2", "fatrelu", "fatsilu", "centred_silu")
 #: Activations with a threshold for each neuron, which is a weight of the model: what they keep, they take from another
 #: one, and only where its absolute value is over the threshold (ProSparse, 2402.13516; CATS, 2404.08763).
 THRESHOLDED: dict[Activation, Activation] = {"fatrelu": "relu", "fatsilu": "silu", "centred_silu": "silu"}

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from fewfire.buffers import Batch, Buffers, Workspace, head_width
-from fewfire.config import ACTIVATIONS, CENTRED, EXACT_ZEROS, THRESHOLDED
+from fewfire.config import ACTIVATIONS, EXACT_ZEROS, THRESHOLDED
 from fewfire.kernels import attention, axpy, dense, gather, pointwise, rows
 from fewfire.kernels.compile import Compiled, Primitive
 from fewfire.kernels.decode import decode
@@ -264,7 +264,6 @@ def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int, scree
         vocab=c.vocab_size,
         activation=ACTIVATIONS.index(THRESHOLDED.get(c.hidden_act, c.hidden_act)),
         act_on_up=c.act_on_up,
-        centred=c.hidden_act in CENTRED,
         gated=c.gated,
         norm_relu=c.norm_relu,
         rope_half=c.head_dim // 2 if c.rope else 0,

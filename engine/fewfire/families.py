@@ -270,6 +270,10 @@ def read_config(data: Mapping[str, Any], where: str = "config.json") -> tuple[Fa
     )
     config = family.read(fields, config)
     check_heads(config, fields)
+    try:
+        config.check()
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from None
     return family, config
 
 

@@ -124,6 +124,14 @@ def test_mistakes(model, text, tmp_path, args, code, words):
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_only_relufys_adapters_are_gone_on_from(model, text, tmp_path):
+    """A bypass follows from the original's matrices, and those that plain has moved would give another."""
+    command = ("--text", text, "--tokens", 256, "--adapter", *SMALL)
+    assert run("train", "plain", model, tmp_path / "plain", *command).code == 0
+    start = tmp_path / "plain" / "adapter.safetensors"
+    run("train", "relufy", model, tmp_path / "out", "--start", start, *command).failed(2, "is by plain")
+
+
 @pytest.mark.parametrize("option", [("--reconstruct",), ("--start", "some.safetensors")])
 @pytest.mark.parametrize("method", ["topk", "lte", "plain"])
 def test_what_only_relufy_can(method, option, model, text, tmp_path):

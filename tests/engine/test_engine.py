@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import oracle
-from fewfire import engine, packed, reference
+from fewfire import engine, packed
 from fewfire.checkpoint import open_checkpoint
 from fewfire.config import EXACT_ZEROS, THRESHOLDED
 from fewfire.engine import BATCH
@@ -26,7 +26,6 @@ from fewfire.packed import open_packed
 from fewfire.quantize import FORMATS
 from fewfire.selectors import Selection
 from tiny import FAMILIES, prompt, write_safetensors, write_tiny
-from unpack import tensors as unpacked
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TOLERANCE = 2e-4  # ten times under what is promised; float32 in another order gives 5e-5
@@ -144,19 +143,6 @@ def test_a_bypass_puts_back_what_the_centres_give(hidden: int, weights: str, tmp
         models += [Model(opened, threads, dense=dense) for threads in (1, 2) for dense in (False, True)]
     plain, *others = (logits(model, ids, 21) for model in models)
     assert all(largest(other, plain) < (TOLERANCE if weights == "f32" else 0.05 * plain.std()) for other in others)
-
-
-def test_decoding_follows_a_layers_centres_and_prompts_those_of_the_model(packed_path: PackedPath) -> None:
-    """A selection may have them for a model that has none."""
-    plain, centred = (open_packed(packed_path(family, "f32")) for family in ("llama", "llama-centred"))
-    model, ids = Model(plain, 2), prompt(20)
-    before = logits(model, ids, 20)
-    for name in ("act_centre", "bypass"):
-        model.engine._layers.point_each(name, centred.arrays[name])
-    np.testing.assert_array_equal(logits(model, ids, 20), before)
-    tensors = unpacked(centred)
-    tensors |= {name: np.full_like(values, -1) for name, values in tensors.items() if "act_threshold" in name}
-    assert largest(logits(model, ids), reference.forward(centred.config, tensors, ids)) < TOLERANCE
 
 
 # --- f32 --------------------------------------------------------------------------------------------------------------

@@ -45,10 +45,8 @@ _PRIMITIVES = """
 """
 _STEPS = "keep scatter_kept find_top predict reduce column_chunk join_chunks all_gates screened_logits leave_out "
 # `width` is the hidden size padded to 64, `head_width` head_dim padded to 8, `cell` the bytes of one cached head.
-# `centred`: whether centres and bypasses are part of the model, so that prefill, too, needs them.
 _SHAPE = """
     layers hidden width heads kv_heads head_dim head_width cell neurons vocab activation act_on_up gated norm_relu
-    centred
 """
 # Rows are `stride` bytes apart; a neuron's down row begins `down` bytes into its row of `updown`. `every` is the list
 # of all rows of any matrix, and some more for kernels to look ahead to; `frequencies` float32 (2, head_dim / 2):

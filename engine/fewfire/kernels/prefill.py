@@ -80,11 +80,10 @@ def _fire(model, weights, batch, start, count, gate, up):
     """act(gate) * up of some neurons, all tokens."""
     x, tokens, size = batch.x, batch.tokens, batch.tokens * ROWS
     thresholds = weights.act_threshold, model.every + 4 * start, ROWS
-    centre = weights.act_centre if model.centred != 0 else 0
     rows = weights.gate + start * model.gate_stride
     call(model.dot_tokens, (rows, model.gate_stride, count, x, tokens, gate, 4 * ROWS))
     _bias_columns(_offset(weights.gate_bias, start), count, gate, 4 * ROWS, tokens)
-    call(model.activate, (model.activation, gate, size, centre, *thresholds))
+    call(model.activate, (model.activation, gate, size, weights.act_centre, *thresholds))
     if batch.gates != 0:
         for t in range(tokens):
             copy(batch.gates + 4 * (t * model.neurons + start), gate + 4 * t * ROWS, count)
@@ -264,7 +263,7 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
                 break
             matrix = (downs, model.updown_stride, model.neurons, model.width, strip)
             call(model.down_strip, (*matrix, padded, batch.fired, 4 * model.neurons, panel, batch.delta, width))
-            if model.centred != 0:
+            if weights.bypass != 0:
                 _add_bypass(model, weights, batch, strip, gate)
             if finish(team, strips):
                 advance(team, phase)

@@ -25,9 +25,8 @@ _LICENSE = re.compile(r"\A---\n(?:(?!---$).*\n)*?license: *[\"']?([\w.-]+)[\"']?
 _HOW = {
     "threshold": "An activation keeps its value where that is large, and is exactly zero elsewhere (CATS, 2404.08763):"
     " over a threshold for each neuron",
-    "centred": "An activation keeps how far it is from the value near which its neuron idles where that is much, over a"
-    " threshold for each neuron, and is exactly zero elsewhere; what the neurons give when they idle is a matrix of its"
-    " own, which every token reads",
+    "centred": "act(gate) is measured from the value near which the neuron idles, and is exactly zero within a"
+    " threshold of that; what idling neurons give is a matrix of its own, which every token reads",
     "relu": "ReLU took the place of the FFN's activation (ReLU Strikes Back, 2310.04564).",
     "shifted": "ReLU(x - b) took the place of the FFN's activation (ReLU Strikes Back, 2310.04564).",
     "topk": "A token keeps the k neurons of a layer with the largest abs(act(gate)) (The Lazy Neuron Phenomenon,"
@@ -122,7 +121,8 @@ def write(made: Made, entries: Entries, adapter: str | None) -> str:
             " out; tokens and hours are those of the training that followed."
         )
     if "start" in options:
-        how += f" It went on from {options['start']}, on which an earlier training had spent {made.before or 'some'}."
+        spent = made.before or "an unknown number of tokens"
+        how += f" It went on from {options['start']}, on which an earlier training had spent {spent}."
     if options.get("stage") == 2:
         how += " ReLUs come after the norms as well."
     share = options.get("labels", 0.0)

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewfire.train.network import LayerState, Network
+from fewfire.train.network import Bypass, LayerState, Network
 from fewfire.train.thresholds import quantile, read
 
 ROUNDS = 4
-_EVERY = 4  # tokens of which one is looked at
+_EVERY = 8  # tokens of which one is looked at
 
 
 def fit_centres(network: Network, windows: np.ndarray, weights: Sequence[Tensor], sparsity: float) -> list[Tensor]:
@@ -35,11 +35,14 @@ def fit_centres(network: Network, windows: np.ndarray, weights: Sequence[Tensor]
     def observe(number: int, state: LayerState) -> None:
         up = torch.ones_like(state.gate) if state.up is None else state.up
         gates[number].append(state.gate.flatten(0, 1)[::_EVERY].clone())
-        energy = up.square() / state.out.square().sum(dim=-1, keepdim=True)
+        energy = up.square() / state.out.square().sum(dim=-1, keepdim=True).clamp_min(1e-20)
         energies[number].append(energy.flatten(0, 1)[::_EVERY].clone())
 
     read(network, windows, observe)
-    layers = [(torch.cat(g), torch.cat(e), w.to(g[0].device)) for g, e, w in zip(gates, energies, weights, strict=True)]
+    layers = []
+    for weight in weights:  # which forgets the pieces as they are joined
+        gate, energy = torch.cat(gates.pop(0)), torch.cat(energies.pop(0))
+        layers.append((gate, energy, weight.to(gate.device)))
     centres = [_mean(gate, energy) for gate, energy, _ in layers]
     for _ in range(ROUNDS):
         sizes = [(gate - c).abs() * weight for (gate, _, weight), c in zip(layers, centres, strict=True)]
@@ -58,7 +61,6 @@ def add_bypasses(network: Network, centres: Sequence[Tensor]) -> None:
     """Gives every layer the matrix for its centres. What they make of up's bias goes into down's."""
     for layer, centre in zip(network.layers, centres, strict=True):
         down, up = layer.down, layer.up
-        layer.bypass = nn.Linear(up.weight.shape[1], down.weight.shape[0], bias=False, device="meta")
-        layer.bypass.weight = nn.Parameter((down.weight * centre) @ up.weight)
+        layer.bypass = Bypass((down.weight * centre) @ up.weight)
         if up.bias is not None:
             down.bias += down.weight @ (centre * up.bias)

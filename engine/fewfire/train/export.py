@@ -31,7 +31,7 @@ from fewfire.train.card import NAME as CARD
 from fewfire.train.hfconfig import hf_config, with_biases
 from fewfire.train.lora import PROJECTIONS, LowRank, merge
 from fewfire.train.method import Result
-from fewfire.train.network import Network
+from fewfire.train.network import Network, of_activations
 
 ADAPTER = "adapter.safetensors"
 _COPIED = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
@@ -49,7 +49,7 @@ def tensors(network: Network, config: ModelConfig, result: Result) -> dict[str, 
     """
     zeros = {name: torch.zeros(shape) for name, shape in config.shapes().items() if name.endswith(".bias")}
     state = {name: value for name, value in network.state_dict().items() if ".activation." not in name}
-    state = {**zeros, **state, **result.vectors}
+    state = {**zeros, **state, **of_activations(network), **result.vectors}
     return {name: _array(state[name]) for name in config.shapes()}
 
 

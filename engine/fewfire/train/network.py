@@ -51,6 +51,19 @@ class Norm(nn.Module):
         return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class Bypass(nn.Module):
+    """A matrix that goes with the centres of a layer's neurons, and does not move."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)  # (hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight)
+
+
 class Layer(nn.Module):
     """Attention and FFN, each on the normed residual stream and added to it."""
 
@@ -75,7 +88,7 @@ class Layer(nn.Module):
         cut, centred = c.hidden_act in THRESHOLDED, c.hidden_act in CENTRED
         limits = torch.empty(ff), torch.empty(ff) if centred else None
         self.activation: nn.Module = Cut(c.hidden_act, *limits) if cut else Plain(c.hidden_act)
-        self.bypass = nn.Linear(d, d, False) if centred else None
+        self.bypass = Bypass(torch.empty(d, d)) if centred else None
         self.norm_activation: nn.Module = nn.ReLU() if c.norm_relu else nn.Identity()
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> LayerState:
@@ -193,6 +206,18 @@ class Network(nn.Module):
             back = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
             self._masks[key] = (back >= 0) & (back < window)
         return self._masks[key]
+
+
+def of_activations(network: Network) -> dict[str, Tensor]:
+    """The thresholds and centres that a network has, by canonical name."""
+    found = {}
+    for number, layer in enumerate(network.layers):
+        part = getattr(layer.activation, "activation", layer.activation)  # behind a router
+        for theirs, ours in _OF_ACTIVATIONS.items():
+            value = getattr(part, ours.removeprefix("activation."), None)
+            if value is not None:
+                found[f"layers.{number}.{theirs}"] = value
+    return found
 
 
 def _here(name: str) -> str:

@@ -104,25 +104,22 @@ class Relufy(Method):
         self._zeros: list[Tensor] = []
         self._sizes: list[Tensor] = []
         self._factor = 0.0
-        windows, more = windows[:CALIBRATED], windows[: 2 * CALIBRATED]
-        weights = neuron_weights(network, windows)
-        centres = self._centres(network, more, weights) if kind == "centred" else None
-        self._cuts = Cuts(network, base, weights, uniform, centres)
         if stage == 2:
             for layer in network.layers:
                 layer.norm_activation = nn.ReLU()
+        windows, more = windows[:CALIBRATED], windows[: 2 * CALIBRATED]
+        weights = neuron_weights(network, windows)
+        centres = None
+        if kind == "centred" and own in CENTRED:
+            centres = [layer.activation.centre for layer in network.layers]
+        elif kind == "centred" and rise is not None:
+            centres = fit_centres(network, more, weights, rise.end)
+            add_bypasses(network, centres)
+        self._cuts = Cuts(network, base, weights, uniform, centres)
         if self._late:
             self._cuts.set(0.0)
         elif rise is not None:
             self._cuts.calibrate(network, windows, rise.sparsity(0))
-
-    def _centres(self, network: Network, windows: np.ndarray, weights: list[Tensor]) -> list[Tensor]:
-        """Those that the network has, or new ones with their bypasses."""
-        if network.config.hidden_act in CENTRED:
-            return [layer.activation.centre for layer in network.layers]
-        centres = fit_centres(network, windows, weights, self._rise.end if self._rise else 0.0)
-        add_bypasses(network, centres)
-        return centres
 
     def begin(self, step: int) -> None:
         last = step == self._steps - 1

@@ -14,6 +14,7 @@ import torch
 from fewfire.adapter import Adapted, Adapter, open_adapter
 from fewfire.cache import cache_dir
 from fewfire.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from fewfire.fields import Fields
 from fewfire.progress import Progress, silent
 from fewfire.sources import adapter_of, resolve
 from fewfire.tokenizer import Tokenizer
@@ -111,14 +112,14 @@ class Setup:
 def relufy(setup: Setup) -> Method:
     """See `relufy.py`."""
     o = setup.options
-    if o.activation == "shifted":
+    if o.activation == "shifted" and not o.start:
         shift(setup.network, o.shift)
     return Relufy(
         setup.network,
         setup.corpus.windows,
         setup.rise if o.activation not in ("relu", "shifted") or o.sparsity else None,
         setup.steps,
-        kind=o.activation or usual(setup.network.config),
+        kind=o.activation or "threshold",
         stage=o.stage,
         regularization=o.l1,
         uniform=o.uniform,
@@ -176,11 +177,13 @@ def train(
         raise ValueError(f"{out} has an adapter already: choose another directory")
     path = resolve(source, progress)
     checkpoint = open_checkpoint(path)
+    earlier = open_adapter(Path(options.start)) if options.start else None
+    beginning = Adapted(checkpoint, earlier) if earlier else checkpoint
+    if earlier and (earlier.method != "relufy" or "hidden_act" not in earlier.config):
+        raise ValueError(f"--start goes on from what relufy has left, and {options.start} is by {earlier.method[:80]}")
     corpus = _corpus(checkpoint, texts, held_out, options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     original = Network.from_checkpoint(checkpoint, progress).to(device).eval().requires_grad_(False)
-    earlier = open_adapter(Path(options.start)) if options.start else None
-    beginning = Adapted(checkpoint, earlier) if earlier else checkpoint
     network = Network.from_checkpoint(beginning, progress).to(device)
     if method == "relufy" and options.activation is None:
         options = replace(options, activation=usual(network.config))
@@ -225,9 +228,11 @@ class Spent(NamedTuple):
 
     @classmethod
     def of(cls, earlier: Adapter | None) -> Spent:
-        """As the adapter says; nothing without one."""
-        about = earlier.about if earlier else {}
-        return cls(about.get("tokens", 0), about.get("hours", 0.0))
+        """As the adapter says; nothing without one. Raises `CheckpointError` if what it says is no number."""
+        if earlier is None:
+            return cls()
+        about = Fields(earlier.about, str(earlier.path))
+        return cls(about.whole("tokens", 0, 1 << 50, default=0), about.number("hours", 0, 1e6, default=0.0))
 
     def __str__(self) -> str:
         return f"{self.tokens:,} tokens in {self.hours:.2f} hours" if self.tokens else ""
@@ -245,7 +250,7 @@ def _export(
         "perplexity": measured[-1]["perplexity"],
         "perplexity of the original": measured[0]["original"],
         "zeros": measured[-1]["zeros"],
-        "options": asdict(options),
+        "options": asdict(options) | options.chosen(),
     }
     result = trainer.method.result()
     path = out / export.ADAPTER

@@ -31,7 +31,9 @@ def neuron_weights(network: Network, windows: np.ndarray) -> list[Tensor]:
 
     def observe(number: int, state: LayerState) -> None:
         up = torch.ones_like(state.gate) if state.up is None else state.up
-        squares[number] += (up.square() / state.out.square().sum(dim=-1, keepdim=True)).sum(dim=(0, 1)).cpu()
+        squares[number] += (
+            (up.square() / state.out.square().sum(dim=-1, keepdim=True).clamp_min(1e-20)).sum((0, 1)).cpu()
+        )
 
     read(network, windows, observe)
     norms = [layer.down.weight.detach().norm(dim=0).cpu() for layer in network.layers]

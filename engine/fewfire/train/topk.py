@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewfire.config import THRESHOLDED
 from fewfire.selectors.top import count
 from fewfire.train.activations import TopK
 from fewfire.train.method import Method, Result
@@ -17,9 +18,11 @@ from fewfire.train.rise import Rise
 
 
 class TopKMethod(Method):
-    """See the module. Changes the network's activations."""
+    """See the module. Changes the network's activations. Raises `ValueError` if these have thresholds."""
 
     def __init__(self, network: Network, rise: Rise) -> None:
+        if network.config.hidden_act in THRESHOLDED:
+            raise ValueError(f"the model leaves out neurons by thresholds already ({network.config.hidden_act})")
         self._neurons, self._rise = network.config.intermediate_size, rise
         self._parts = [TopK(network.config.hidden_act, self._neurons) for _ in network.layers]
         self._zeros: list[Tensor] = []

@@ -137,6 +137,7 @@ class Trainer:
             self._write({"step": self.step, **figures, "seconds": round(self._seconds, 1)})
 
     def _precision(self) -> torch.autocast:
+        """Of matrix products in a forward pass."""
         return torch.autocast(self.network.embed.weight.device.type, torch.bfloat16, enabled=self.plan.bf16)
 
     def _pass(self, chosen: np.ndarray, share: float) -> dict[str, float]:

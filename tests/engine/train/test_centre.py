@@ -14,12 +14,14 @@ from fewfire import reference
 from fewfire.adapter import Adapted, open_adapter
 from fewfire.checkpoint import Checkpoint, open_checkpoint
 from fewfire.train import export, lora
-from fewfire.train.centre import ROUNDS, add_bypasses, fit_centres
+from fewfire.train.centre import ROUNDS, fit_centres
 from fewfire.train.measure import measure
 from fewfire.train.network import Network
 from fewfire.train.relufy import Relufy, usual
 from fewfire.train.rise import Rise
 from fewfire.train.thresholds import neuron_weights
+from fewfire.train.topk import TopKMethod
+from fewfire.train.trainer import Plan
 from learning import Learned
 
 IDS = tiny.prompt(40)
@@ -49,12 +51,12 @@ def test_centres_are_those_of_lloyds_iteration(learned: Learned) -> None:
         streams = [block.out for block in blocks]
         gates = [block.gate for block in blocks]
         energies = [block.up**2 / (block.out**2).sum(1, keepdims=True) for block in blocks if block.up is not None]
-        gate, energy = (np.concatenate([np.concatenate(p[j : j + 4])[::4] for j in (0, 4)]) for p in (gates, energies))
+        gate, energy = (np.concatenate([np.concatenate(p[j : j + 4])[::8] for j in (0, 4)]) for p in (gates, energies))
         layers.append((gate, energy, weight.numpy()))
     centres = [(g * e).sum(0) / e.sum(0) for g, e, _ in layers]
     for _ in range(ROUNDS):
         sizes = [np.abs(g - c) * w for (g, _, w), c in zip(layers, centres, strict=True)]
-        cut = np.quantile(np.concatenate([s[::4].ravel() for s in sizes]), 0.6)
+        cut = np.quantile(np.concatenate([s[::8].ravel() for s in sizes]), 0.6)
         idle = [e * (s <= cut) for (_, e, _), s in zip(layers, sizes, strict=True)]
         centres = [(g * e).sum(0) / e.sum(0).clip(1e-20) for (g, _, _), e in zip(layers, idle, strict=True)]
     for ours, theirs in zip(found, centres, strict=True):
@@ -103,7 +105,7 @@ def test_what_is_written_is_read_back(checkpoint: Callable[[str], Checkpoint], t
     with torch.no_grad():
         for layer in network.layers:
             layer.down.weight += 0.01 * torch.randn(layer.down.weight.shape, generator=torch.Generator().manual_seed(0))
-        for matrix in (p for p in network.parameters() if p.ndim > 1):
+        for matrix in (p for p in (*network.parameters(), *network.buffers()) if p.ndim > 1):
             matrix.copy_(matrix.half().float())
     wanted = logits(network)
     path = tmp_path / export.ADAPTER
@@ -118,9 +120,10 @@ def test_what_is_written_is_read_back(checkpoint: Callable[[str], Checkpoint], t
         assert np.abs(reference.forward(found.config, tensors, IDS) - wanted).mean() < close
         again = Network.from_checkpoint(found)
         assert np.abs(logits(again) - wanted).mean() < close
-        name = "layers.1.bypass.weight"
-        np.testing.assert_allclose(tensors[name], network.layers[1].bypass.weight.detach().numpy(), atol=1e-3)
-        np.testing.assert_array_equal(found.read(name, 3, 9), tensors[name][3:9])
+        for i, layer in enumerate(network.layers):
+            name = f"layers.{i}.bypass.weight"
+            np.testing.assert_allclose(tensors[name], layer.bypass.weight.numpy(), atol=1e-3)
+            np.testing.assert_array_equal(found.read(name, 3, 9), tensors[name][3:9])
         goes_on = relufied(again, windows).result()
         for i in range(len(again.layers)):
             name = f"layers.{i}.act_centre.weight"
@@ -137,9 +140,36 @@ def test_models_that_cannot_be_centred_say_so(family: str, network: Callable[[st
 
 
 def test_a_centred_model_stays_centred(network: Callable[[str], Network]) -> None:
-    net, windows = network("llama"), np.random.default_rng(0).integers(3, 300, (8, 32))
-    relufied(net, windows)
-    add_bypasses(net, [layer.activation.centre for layer in net.layers])
-    object.__setattr__(net.config, "hidden_act", "centred_silu")
+    net, windows = network("llama-centred"), np.random.default_rng(0).integers(3, 300, (8, 32))
+    assert usual(net.config) == "centred"
     with pytest.raises(ValueError, match="go on with --activation centred"):
         relufied(net, windows, "threshold")
+    with pytest.raises(ValueError, match="by thresholds already"):
+        TopKMethod(net, Rise(0.5, 10, 0.5))
+
+
+def test_a_run_that_was_killed_goes_on_with_its_centres(learned: Learned, tmp_path: Path) -> None:
+    """Whatever a new fit would find: the bypass and the centres belong together."""
+    plan, windows = Plan(6, 1e-3, batch=2), learned.corpus.windows
+    whole = learned.student()
+    unbroken = learned.train(whole, relufied(whole, windows), plan, tmp_path / "whole")
+    broken = learned.student()
+    method = relufied(broken, windows)
+    goes_on = method.begin
+
+    def begin(step: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+        goes_on(step)
+
+    method.begin = begin  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        learned.train(broken, method, plan, tmp_path / "broken")
+    resumed = learned.student()
+    other = relufied(resumed, np.random.default_rng(0).integers(3, 300, (8, 32)))
+    assert not torch.equal(resumed.layers[0].bypass.weight, whole.layers[0].bypass.weight)
+    again = learned.train(resumed, other, plan, tmp_path / "broken")
+    assert again.step == unbroken.step == 6
+    for name, value in whole.state_dict().items():
+        if "bypass" in name or "centre" in name:
+            assert torch.equal(value, resumed.state_dict()[name]), name
