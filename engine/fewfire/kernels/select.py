@@ -20,7 +20,7 @@ from fewfire.kernels.work import A_LAYER, A_PHASE, THE_MODEL, THE_WORK
 
 # Of a list, each group is read as four streams (see `gather.py`); its pieces are chunks. Fixed numbers, because they
 # decide the order of additions.
-_GROUPS, _PIECES = 4, 2
+_GROUPS, _PIECES = 4, 3
 NEURON_CHUNKS = _GROUPS * _PIECES
 _I = types.int64
 _LARGEST_BITS = 0x7FFFFFFF  # of a float's absolute value, taken as an integer: they are in the same order
