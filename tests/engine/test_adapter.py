@@ -90,7 +90,7 @@ def test_a_delta_is_merged_line_by_line(base: Checkpoint, tmp_path: Path) -> Non
     for name in ("gate", "down"):
         full = f"layers.1.{name}.weight"
         got, wanted = merged.read(full) - base.read(full), found[f"layers.1.{name}.delta"]
-        assert 0 < np.square(got - wanted).mean() < 0.04 * np.square(wanted).mean()
+        assert 0 < np.square(got - wanted).mean() < 0.05 * np.square(wanted).mean()
         np.testing.assert_array_equal(merged.read(full, 5, 9), merged.read(full)[5:9])
     np.testing.assert_array_equal(merged.read("layers.1.down.weight")[:, 7], base.read("layers.1.down.weight")[:, 7])
     np.testing.assert_array_equal(merged.read("layers.0.down.weight"), base.read("layers.0.down.weight"))

@@ -27,7 +27,7 @@ def test_what_comes_back(weights: int) -> None:
 def test_a_weight_far_outside_is_cut() -> None:
     lines = np.zeros((1, 100_000), np.float32)
     lines[0, 7] = 1.0
-    assert deltas.decode(*deltas.encode(lines), 100_000)[0, 7] == pytest.approx(127 * 0.63 / 100_000**0.5)
+    assert deltas.decode(*deltas.encode(lines), 100_000)[0, 7] == pytest.approx(127 * 0.7 / 100_000**0.5)
 
 
 def test_little_is_lost_of_a_normal_distribution() -> None:
@@ -35,8 +35,8 @@ def test_little_is_lost_of_a_normal_distribution() -> None:
     lines *= np.geomspace(1e-3, 10, 300, dtype=np.float32)[:, None]
     packed, steps = deltas.encode(lines)
     error = np.square(deltas.decode(packed, steps, 600) - lines).sum(axis=1) / np.square(lines).sum(axis=1)
-    assert error.mean() < 0.035  # a step of 0.63 by itself: 0.63^2 / 12 = 0.033
-    assert 8 * packed.size / lines.size < 2.8
+    assert error.mean() < 0.043  # a step of 0.7 by itself: 0.7^2 / 12 = 0.041
+    assert 8 * packed.size / lines.size < 2.65
 
 
 def test_damaged_bytes() -> None:
