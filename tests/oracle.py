@@ -47,10 +47,15 @@ def logits(packed: Packed, ids: Sequence[int], *, rounding: bool = True) -> np.n
         y = normed(config, tensors, name, x)  # type: ignore[arg-type]
         return as_integers(y, of.table) if "final" in name else y
 
+    met: list[np.ndarray] = []  # the last input before it is rounded, which a bypass rounds in its own way
+
     def rounded_input(config: object, tensors: object, name: str, x: np.ndarray) -> np.ndarray:
-        return as_integers(normed_input(config, tensors, name, x), of.rows)  # type: ignore[arg-type]
+        met[:] = [normed_input(config, tensors, name, x)]  # type: ignore[arg-type]
+        return as_integers(met[0], of.rows)
 
     def rounded_linear(tensors: object, name: str, x: np.ndarray) -> np.ndarray:
+        if name.endswith(".bypass"):
+            x = as_integers(met[0], of.table)
         return linear(tensors, name, as_integers(x, of.rows) if name.endswith(".o") else x)  # type: ignore[arg-type]
 
     patches = {"normed": rounded_normed, "normed_input": rounded_input, "linear": rounded_linear}

@@ -30,11 +30,12 @@ def axpy_scratch(columns: int) -> int:
 class Activation:
     """One or several vectors that rows are multiplied with, as float32 and as integers; see `kernels/gather.py`."""
 
-    def __init__(self, columns: int, tokens: int = 1) -> None:
+    def __init__(self, columns: int, tokens: int = 1, of: Activation | None = None) -> None:
+        """of: whose values these are, as other integers."""
         n = padded(columns)
         groups = n // 32
         lanes = 8 * (groups // 8 + groups % 8 // 4 + groups % 4 // 2)  # eight for each block of groups
-        self.values = np.zeros((tokens, n), np.float32)
+        self.values: np.ndarray = np.zeros((tokens, n), np.float32) if of is None else of.values
         self._quants = np.zeros((tokens, n), np.int16)
         self.scales = np.zeros((tokens, lanes), np.float32)
         self.sums = np.zeros((tokens, lanes), np.float32)
@@ -107,6 +108,7 @@ class Workspace(Buffers):
         self.positions = positions
         x, attended = Activation(c.hidden_size), Activation(c.num_attention_heads * c.head_dim)
         self.activation("x", x)
+        self.activation("wide", Activation(c.hidden_size, of=x))
         self.activation("attended", attended)
         self.point("joined", attended.values)
         hidden, head, half = padded(c.hidden_size), head_width(c), c.head_dim // 2
@@ -169,6 +171,7 @@ class Batch(Buffers):
         self.tokens = tokens
         x, attended = Activation(c.hidden_size, tokens), Activation(c.num_attention_heads * c.head_dim, tokens)
         self.activation("x", x)
+        self.activation("wide", Activation(c.hidden_size, tokens, x))
         self.activation("attended", attended)
         self.point("joined", attended.values)
         self.point("wanted", np.zeros((threads, x.descriptor.size), np.int64))

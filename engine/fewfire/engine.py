@@ -269,7 +269,6 @@ def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int, scree
         rope_half=c.head_dim // 2 if c.rope else 0,
         table_integer=1 if packed.formats.table == "q4" else 2,
         table_stride=arrays["embed"].strides[1],
-        bypass_stride=row_bytes(packed.formats.rows, c.hidden_size),
         down=arrays["gate"].strides[1] if c.gated else 0,
         **{f"{part}_column": row_bytes(packed.formats.down, column_shape(c, part)[1]) for part in COLUMNS},
         **strides,

@@ -54,9 +54,9 @@ class Array:
 class Formats(NamedTuple):
     """The number formats of a packed model's parts."""
 
-    rows: str  # q, k, v, o, gate, up, bypass
+    rows: str  # q, k, v, o, gate, up
     down: str
-    table: str  # the embedding and the head
+    table: str  # the embedding, the head, bypasses
 
 
 _SMALL = 1024
@@ -65,8 +65,8 @@ _SMALL = 1024
 def formats(config: ModelConfig, weights: str) -> Formats:
     """What a model packed as `weights` really uses.
 
-    In q4, the tables stay in q8, and so do the down rows of small models (hidden size under 1024): there the loss is
-    largest for the bytes that it saves (perf/LOG.md, "q4: where four bits are too few").
+    In q4, the tables and bypasses stay in q8, and so do the down rows of small models (hidden size under 1024): there
+    the loss is largest for the bytes that it saves (perf/LOG.md, "q4: where four bits are too few").
     """
     if weights != "q4":
         return Formats(weights, weights, weights)
@@ -110,7 +110,7 @@ def arrays(config: ModelConfig, weights: str) -> dict[str, Array]:
         floats("act_threshold", layers, c.intermediate_size)
     if c.hidden_act in CENTRED:
         floats("act_centre", layers, c.intermediate_size)
-        matrix("bypass", layers, c.hidden_size, row)
+        matrix("bypass", layers, c.hidden_size, table)
     if c.qk_norm:
         floats("q_norm", layers, c.head_dim)
         floats("k_norm", layers, c.head_dim)

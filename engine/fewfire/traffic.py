@@ -24,7 +24,7 @@ class Traffic:
         head = arrays.get("head", arrays["embed"])[0]
         rows = sum(arrays[name][0].nbytes * int((layers[f"{name}_columns"] == 0).sum()) for name in ("qkv", "o"))
         predictor = layers["groups"] * layers["predictor_stride"] + layers["rank"] * layers["basis_stride"]
-        rows += int(model["bypass_stride"]) * int(model["hidden"]) * int((layers["bypass"] != 0).sum())
+        rows += int(model["table_stride"]) * int(model["hidden"]) * int((layers["bypass"] != 0).sum())
         self._always = arrays["embed"].shape[2] + rows + int(predictor.sum()) + _NUMBER * _numbers(layers, selection)
         self._neuron = np.array([arrays["gate"].shape[2], up, arrays["updown"].shape[2] - up])  # its three rows
         self._exact = 0

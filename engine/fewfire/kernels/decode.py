@@ -128,6 +128,8 @@ def _put_out(model, team, phase, thread, weights, work, layer):
                 call(model.join_chunks, (work, model.hidden, work.delta))
             add_block(model, work.hidden, work.delta, weights.o_bias, weights.attn_post_norm)
             next_input(model, weights.ffn_norm, weights.ffn_norm_bias, work.hidden, work.x, ZERO, model.quantize)
+            if weights.bypass != 0:
+                quantize(model.table_quantize, work.wide, ZERO)
             advance(team, phase)
     return wait(team, phase)
 

@@ -54,20 +54,20 @@ _SHAPE = """
 # tables' rows; `qkv_column` and so on the bytes of a column of a projection (see `columns.py`). `screen` is the head at
 # low rank (see `head.py`), 0 if there is none.
 _TABLES = """
-    embed positions head table_stride qkv_stride o_stride gate_stride updown_stride down bypass_stride
+    embed positions head table_stride qkv_stride o_stride gate_stride updown_stride down
     final_norm final_norm_bias frequencies rope_half every table_integer qkv_column o_column ffn_column
     screen screen_stride screen_basis screen_bias screen_rank
 """
 MODEL = record(_PRIMITIVES + _STEPS + _SHAPE + _TABLES, "eps attention_scale embedding_scale screen_margin")
 
 # One layer: `act_threshold` are the neurons' thresholds of the activation function, `act_centre` their centres (see
-# `pointwise.activate`), `bypass` (hidden,) rows whose products with the FFN's input are added to its output. `local`
-# says whether it uses the local RoPE, `window` what it sees. `qkv_columns` and so on are projections by columns, 0
-# where they are read by rows, and `qkv_least` their inputs' thresholds (see `columns.py`). What its FFN may leave out
-# (see `select.py`): `active` lists its neurons, group by group of `group_size`; `predictor` are rows that score the
-# `groups`, `predictor_bias` is added to that; they meet `rank` rows of `basis` times x, or x where there are none.
-# `gate_least` and `down_least` are the neurons' thresholds, `top` is how many are kept, or -1. Addresses are 0 where
-# nothing is dropped.
+# `pointwise.activate`), `bypass` (hidden,) rows, in the tables' format, whose products with the FFN's input are added
+# to its output. `local` says whether it uses the local RoPE, `window` what it sees. `qkv_columns` and so on are
+# projections by columns, 0 where they are read by rows, and `qkv_least` their inputs' thresholds (see `columns.py`).
+# What its FFN may leave out (see `select.py`): `active` lists its neurons, group by group of `group_size`; `predictor`
+# are rows that score the `groups`, `predictor_bias` is added to that; they meet `rank` rows of `basis` times x, or x
+# where there are none. `gate_least` and `down_least` are the neurons' thresholds, `top` is how many are kept, or -1.
+# Addresses are 0 where nothing is dropped.
 LAYER = record(
     """
     qkv qkv_bias q_norm k_norm o o_bias gate gate_bias updown up_bias down_bias act_threshold act_centre bypass

@@ -91,9 +91,9 @@ def _begin_sum(model, weights, x, chunk, y):
         store_f32x8(y + i, splat_f32(0.0))
     if weights.bypass != 0:
         start, stop = model.hidden * chunk // NEURON_CHUNKS, model.hidden * (chunk + 1) // NEURON_CHUNKS
-        rows, stride, count = model.every + 4 * start, model.bypass_stride, stop - start
+        rows, stride, count = model.every + 4 * start, model.table_stride, stop - start
         matrix = weights.bypass, stride, rows, rows + 4 * SOON, stride
-        call(model.gather_dot, (*matrix, count, 0, (count + 3) // 4, x, y + 4 * start))
+        call(model.table_dot, (*matrix, count, 0, (count + 3) // 4, x, y + 4 * start))
 
 
 @inline
@@ -105,7 +105,7 @@ def neuron_chunk(model, weights, work, layer, thread, chunk, kept):
     y, scratch, own = work.partial + 4 * chunk * model.width, work.factors + thread * work.factors_stride, 4 * thread
     ids, gate, up = work.ids + own * work.longest, work.gate + own * work.longest, work.up + own * work.longest
     block = work.block + 4 * own * BLOCK
-    _begin_sum(model, weights, work.x, chunk, y)
+    _begin_sum(model, weights, work.wide, chunk, y)
     met = candidates(model, weights, work, chunk, kept, ids, up, gate)
     size = met
     if size > 0:

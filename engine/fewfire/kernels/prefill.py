@@ -38,7 +38,7 @@ _HEAD_ROWS = 64
 # (tokens, ROWS), `panel` (64 * 64 floats), `key`, `parts` and `scores` (scratch of attention), and the descriptor
 # `wanted` of the vectors whose logits are asked for.
 BATCH = record("""
-    tokens x attended joined joined_stride hidden delta qkv query fired gates routes cos sin
+    tokens x wide attended joined joined_stride hidden delta qkv query fired gates routes cos sin
     gate up chunk_stride panel key key_stride parts parts_stride scores scores_stride wanted
 """)
 
@@ -101,10 +101,10 @@ def _fire(model, weights, batch, start, count, gate, up):
 @inline
 def _add_bypass(model, weights, batch, strip, out):
     """batch.delta += bypass times x, a strip of the outputs, all tokens; `out`: scratch (tokens, ROWS)."""
-    tokens, stride, end = batch.tokens, model.bypass_stride, min(model.hidden, STRIP * (strip + 1))
+    tokens, stride, end = batch.tokens, model.table_stride, min(model.hidden, STRIP * (strip + 1))
     for start in range(STRIP * strip, end, ROWS):
         count = min(end - start, ROWS)
-        call(model.dot_tokens, (weights.bypass + start * stride, stride, count, batch.x, tokens, out, 4 * ROWS))
+        call(model.table_tokens, (weights.bypass + start * stride, stride, count, batch.wide, tokens, out, 4 * ROWS))
         for t in range(tokens):
             add_to(batch.delta + 4 * (t * model.width + start), out + 4 * t * ROWS, count)
 
@@ -235,6 +235,9 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
             start, stop = TOKENS * block, min(count, TOKENS * block + TOKENS)
             _add_blocks(model, batch, weights.o_bias, weights.attn_post_norm, start, stop)
             _inputs(model, weights.ffn_norm, weights.ffn_norm_bias, batch, start, stop, model.quantize)
+            if weights.bypass != 0:
+                for t in range(start, stop):
+                    quantize(model.table_quantize, batch.wide, t)
             if finish(team, blocks):
                 advance(team, phase)
         phase = wait(team, phase)
