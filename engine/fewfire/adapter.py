@@ -106,9 +106,8 @@ class Adapted:
         for name, entry in adapter.entries.items():  # so that nothing damaged shows halfway through
             if not name.endswith(DELTA):
                 self._tensor(name, 0, entry.shape[0])
-        for name, shape in self.config.shapes().items():
-            if name in self._deltas or self._derived(name):
-                self.read(name, 0, shape[0])
+        for name in self._deltas:
+            self.read(name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """See `Checkpoint.read`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fewfire.config import ModelConfig
+from fewfire.config import CENTRED, ModelConfig
 from fewfire.kernels.attention import RANGE, SCORES
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.columns import COLUMN_CHUNKS, longest_list
@@ -108,7 +108,8 @@ class Workspace(Buffers):
         self.positions = positions
         x, attended = Activation(c.hidden_size), Activation(c.num_attention_heads * c.head_dim)
         self.activation("x", x)
-        self.activation("wide", Activation(c.hidden_size, of=x))
+        if c.hidden_act in CENTRED:
+            self.activation("wide", Activation(c.hidden_size, of=x))
         self.activation("attended", attended)
         self.point("joined", attended.values)
         hidden, head, half = padded(c.hidden_size), head_width(c), c.head_dim // 2
@@ -171,7 +172,8 @@ class Batch(Buffers):
         self.tokens = tokens
         x, attended = Activation(c.hidden_size, tokens), Activation(c.num_attention_heads * c.head_dim, tokens)
         self.activation("x", x)
-        self.activation("wide", Activation(c.hidden_size, tokens, x))
+        if c.hidden_act in CENTRED:
+            self.activation("wide", Activation(c.hidden_size, tokens, x))
         self.activation("attended", attended)
         self.point("joined", attended.values)
         self.point("wanted", np.zeros((threads, x.descriptor.size), np.int64))

@@ -2,8 +2,8 @@
 
 What was added needs far fewer bits than a weight does: one (BitDelta, 2402.10193) for large models, here about 2.6. A
 line, all weights of one neuron in the matrix, has a step of its own, a share of its root mean square, so that lines
-have codes alike. Steps of equal width and an entropy coder lose a quarter of a bit to the best there can be (Gish and
-Pierce, 1968), and half of what as many levels of fixed length lose. Knows nothing of files.
+have codes alike. Equal steps and an entropy coder need a quarter of a bit more than the best code there could be
+(Gish and Pierce, 1968); six levels of one length, as many bits, lose 0.058 instead of 0.041. Knows nothing of files.
 """
 
 from __future__ import annotations

@@ -67,13 +67,12 @@ def test_decoding_differs_from_reading_at_once_by_its_rounding(model, text):
 def test_against_dense(tiny_path, text):
     """Neurons that a ReLU makes zero change nothing when they are left out."""
     relu = tiny_path("llama-relu")
-    options = ["--window", 50, "--tokens", 120, "--weights", "f32"]
-    data = json.loads(run("eval", relu, text, *options, "--against", "dense", "--json").out)
+    data = json.loads(run("eval", relu, text, "--window", 50, "--tokens", 120, "--against", "dense", "--json").out)
     assert data["ppl"] == pytest.approx(data["dense_ppl"], rel=1e-4)
     assert data["growth"] == pytest.approx(0, abs=1e-4)
     assert data["kl"] == pytest.approx(0, abs=1e-5)
     assert data["agreement"] > 0.95
-    decoded = json.loads(run("eval", relu, text, *options, "--decode", "--json").out)
+    decoded = json.loads(run("eval", relu, text, "--window", 50, "--tokens", 120, "--decode", "--json").out)
     assert data["ppl"] == pytest.approx(decoded["ppl"])
     assert data["tokens"] == decoded["tokens"]
     said = run("eval", relu, text, "--window", 50, "--tokens", 40, "--against", "dense").out

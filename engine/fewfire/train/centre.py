@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fewfire.train.network import Bypass, LayerState, Network
-from fewfire.train.thresholds import quantile, read
+from fewfire.train.thresholds import quantile, read, up_energy
 
 ROUNDS = 4
 _EVERY = 8  # tokens of which one is looked at
@@ -33,10 +33,8 @@ def fit_centres(network: Network, windows: np.ndarray, weights: Sequence[Tensor]
     energies: list[list[Tensor]] = [[] for _ in network.layers]
 
     def observe(number: int, state: LayerState) -> None:
-        up = torch.ones_like(state.gate) if state.up is None else state.up
         gates[number].append(state.gate.flatten(0, 1)[::_EVERY].clone())
-        energy = up.square() / state.out.square().sum(dim=-1, keepdim=True).clamp_min(1e-20)
-        energies[number].append(energy.flatten(0, 1)[::_EVERY].clone())
+        energies[number].append(up_energy(state).flatten(0, 1)[::_EVERY].clone())
 
     read(network, windows, observe)
     layers = []

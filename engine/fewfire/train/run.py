@@ -112,6 +112,7 @@ class Setup:
 def relufy(setup: Setup) -> Method:
     """See `relufy.py`."""
     o = setup.options
+    assert o.activation is not None  # `train` has chosen one
     if o.activation == "shifted" and not o.start:
         shift(setup.network, o.shift)
     return Relufy(
@@ -119,7 +120,7 @@ def relufy(setup: Setup) -> Method:
         setup.corpus.windows,
         setup.rise if o.activation not in ("relu", "shifted") or o.sparsity else None,
         setup.steps,
-        kind=o.activation or "threshold",
+        kind=o.activation,
         stage=o.stage,
         regularization=o.l1,
         uniform=o.uniform,

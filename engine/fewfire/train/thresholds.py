@@ -30,14 +30,17 @@ def neuron_weights(network: Network, windows: np.ndarray) -> list[Tensor]:
     squares = [torch.zeros(network.config.intermediate_size) for _ in network.layers]
 
     def observe(number: int, state: LayerState) -> None:
-        up = torch.ones_like(state.gate) if state.up is None else state.up
-        squares[number] += (
-            (up.square() / state.out.square().sum(dim=-1, keepdim=True).clamp_min(1e-20)).sum((0, 1)).cpu()
-        )
+        squares[number] += up_energy(state).sum(dim=(0, 1)).cpu()
 
     read(network, windows, observe)
     norms = [layer.down.weight.detach().norm(dim=0).cpu() for layer in network.layers]
     return [norm * (square / windows.size).sqrt() for norm, square in zip(norms, squares, strict=True)]
+
+
+def up_energy(state: LayerState) -> Tensor:
+    """The squares of what act(gate) is multiplied with, as shares of the token's stream, `(B, T, neurons)`."""
+    up = torch.ones_like(state.gate) if state.up is None else state.up
+    return up.square() / state.out.square().sum(dim=-1, keepdim=True).clamp_min(1e-20)
 
 
 @torch.no_grad()

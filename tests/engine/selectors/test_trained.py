@@ -97,7 +97,11 @@ def test_prefill_and_decode_keep_to_it(method: str, family: str, packed: Callabl
         model = Model(found, threads)
         assert np.abs(model.logits(IDS) - theirs).max() < 2e-4
         assert np.abs(decoded(model, IDS) - theirs).max() < 2e-4
-    assert model.engine.neurons_read()[[0, 2], 2].sum() < 2 * NEURONS  # one layer may need all for the last token
+    session, read = model.session(), []
+    for token in IDS:
+        session.feed([token])
+        read.append(model.engine.neurons_read()[[0, 2], 2])
+    assert (np.mean(read, axis=0) < NEURONS).all()  # for a single token a layer may need all
     assert np.abs(Model(found, 2, dense=True).logits(IDS) - theirs).max() > 0.05
 
 
