@@ -20,7 +20,7 @@ import fewfire
 from fewfire.kernels.compile import Primitive
 from fewfire.kernels.simd import call, instruction, load_i64, store_i64
 
-MATRICES = ("qkv", "o", "gate", "up")  # told apart by where a call's matrix lies
+MATRICES = ("qkv", "o", "gate", "up", "bypass")  # told apart by where a call's matrix lies
 PARTS = (*MATRICES, "down", "attention", "head", "small steps")
 _PART_OF = {"gather_axpy": "down", "table_dot": "head"}  # all else is small
 _PART_OF |= dict.fromkeys(("attend", "attend_rest", "merge", "settle"), "attention")
@@ -75,15 +75,15 @@ class Probes:
     def __init__(self, model: fewfire.Model) -> None:
         self._record = model.engine._model.record
         self.ticks = np.zeros(len(PARTS), np.int64)
-        arrays = [model.packed.arrays["updown" if name == "up" else name] for name in MATRICES]
-        first = tuple(a.ctypes.data for a in arrays)
-        last = tuple(a.ctypes.data + a.nbytes for a in arrays)
+        arrays = [model.packed.arrays.get("updown" if name == "up" else name) for name in MATRICES]
+        first = tuple(0 if a is None else a.ctypes.data for a in arrays)
+        last = tuple(0 if a is None else a.ctypes.data + a.nbytes for a in arrays)
         self._probes: dict[str, Any] = {}
         for name, primitive in model.engine._primitives.items():
             if name in _OF_PREFILL:
                 continue
             part = PARTS.index(_PART_OF.get(name, "small steps"))
-            here = (first, last) if name == "gather_dot" else ((0,), (0,))
+            here = (first, last) if name in ("gather_dot", "table_dot") else ((0,), (0,))
             self._probes[name] = _probe(primitive, self.ticks, *here, part)
         self._own = {name: int(self._record[name][0]) for name in self._probes}
 

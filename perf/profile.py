@@ -33,7 +33,8 @@ def bytes_read(deep: DeepFewfire, positions: float) -> dict[str, float]:
     model = deep.model
     c, arrays, record = model.config, model.packed.arrays, model.engine._model.record
     up, shares = c.num_hidden_layers * c.intermediate_size * int(record["down"][0]), deep.engine.neurons_read()
-    return {
+    bypass = {"bypass": arrays["bypass"].nbytes} if "bypass" in arrays else {}
+    return bypass | {
         "qkv": arrays["qkv"].nbytes,
         "o": arrays["o"].nbytes,
         "gate": arrays["gate"].nbytes,
@@ -53,7 +54,8 @@ def probed(deep: DeepFewfire, probes: Probes, context: int, tokens: int) -> dict
         for position in range(context - tokens, context):
             deep.step(position)
         ticks, seconds = now() - begin, time.perf_counter() - start
-    parts = {part: seconds / ticks * count / tokens for part, count in zip(PARTS, probes.ticks.tolist(), strict=True)}
+    met = zip(PARTS, probes.ticks.tolist(), strict=True)
+    parts = {part: seconds / ticks * count / tokens for part, count in met if count}
     return parts | {LOOP: seconds / tokens - sum(parts.values()), TOKEN: seconds / tokens}
 
 

@@ -14,15 +14,17 @@ from perf.peers import Request
 from perf.report import figures
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_probes_see_every_part_and_leave_the_logits_as_they_are(family, tiny_path):
+@pytest.mark.parametrize(
+    ("family", "missing"), [("llama", ["bypass"]), ("opt", ["up", "bypass"]), ("llama-centred", [])]
+)
+def test_probes_see_every_part_and_leave_the_logits_as_they_are(family, missing, tiny_path):
     model = fewfire.load(tiny_path(family), weights="q4", threads=1)
     plain = model.session().feed([5]).copy()
     record = model.engine._model.record.copy()
     with probes.Probes(model) as counted:
         np.testing.assert_array_equal(model.session().feed([5]), plain)
     parts = dict(zip(probes.PARTS, counted.ticks.tolist(), strict=True))
-    assert [part for part, ticks in parts.items() if not ticks] == ([] if model.config.gated else ["up"])
+    assert [part for part, ticks in parts.items() if not ticks] == missing
     assert model.engine._model.record == record
 
 
@@ -32,16 +34,17 @@ def test_a_token_is_profiled_and_reported(tiny_path, tmp_path, monkeypatch):
     profile.main(["--model", str(tiny_path()), *quick])
     result = json.loads((tmp_path / "p.json").read_text())
     parts = {r["part"]: r for r in result["parts"]}
-    assert list(parts) == [*probes.PARTS, profile.LOOP, profile.TOKEN, profile.PLAIN]
+    there = [part for part in probes.PARTS if part != "bypass"]
+    assert list(parts) == [*there, profile.LOOP, profile.TOKEN, profile.PLAIN]
     read = [r["megabytes"] for part, r in parts.items() if part in (*probes.PARTS,) and "megabytes" in r]
     assert sum(read) == pytest.approx(parts[profile.TOKEN]["megabytes"], rel=1e-3)
     assert "| down " in figures({"p": result})
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-relu"])
+@pytest.mark.parametrize("family", ["llama", "llama-relu", "llama-centred"])
 def test_the_parts_bytes_are_those_of_a_token(family, tiny_path):
     deep = DeepFewfire("fewfire:q4", Request(str(tiny_path(family)), 1, 20), [1])
     deep.decode(1, 20, 4)
-    assert (deep.engine.neurons_read() < (1, 1)) == (family == "llama-relu")
+    assert (deep.engine.neurons_read() < (1, 1)) == (family != "llama")
     needed = deep.engine.bytes_per_token(10)
     assert 0.9 * needed < sum(profile.bytes_read(deep, 10).values()) <= needed  # all but norms and biases
