@@ -39,9 +39,9 @@ Fitter = Callable[[Packed, Layer], Fit]
 _EARLY = ", early"  # ends the names of those that look at the attention's input: they could be done before the FFN's
 
 
-def contenders(hidden: int, ranks: list[int]) -> dict[str, Fitter]:
-    """What is compared, by name."""
-    usual = lowrank.rank_of(hidden)
+def contenders(hidden: int, tokens: int, ranks: list[int]) -> dict[str, Fitter]:
+    """What is compared when there are so many tokens to fit to, by name."""
+    usual = lowrank.rank_of(hidden, tokens)
     found: dict[str, Fitter] = {f"rank {r}": partial(lowrank.fit, rank=r) for r in [*ranks, hidden]}
     found[f"rank {usual}, guess"] = _guess
     for rank in dict.fromkeys([usual, 2 * usual]):
@@ -81,7 +81,7 @@ def compare(packed: Packed, layer: Layer, ranks: list[int], densities: list[floa
         judged("exact", 0, exact),
         judged("gate", neurons * row, {d: gate > np.quantile(gate, 1 - d) for d in densities}),
     ]
-    for name, fit in contenders(hidden, ranks).items():
+    for name, fit in contenders(hidden, int((~held).sum()), ranks).items():
         say(f"layer {layer.number}: {name}")
         fitted = fit(packed, layer)
         nbytes = fitted["rows"].nbytes + (fitted["basis"].nbytes if "basis" in fitted else 0)

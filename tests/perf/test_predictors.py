@@ -16,7 +16,7 @@ def layer():
 
 
 def test_the_guess_is_not_refined(layer):
-    packed, contenders = planted.packed(), predictors.contenders(planted.HIDDEN, [64])
+    packed, contenders = planted.packed(), predictors.contenders(planted.HIDDEN, 1024, [64])
     refined = lowrank.fit(packed, layer)
     np.testing.assert_array_equal(contenders["rank 64"](packed, layer)["rows"], refined["rows"])
     with mock.patch.object(lowrank, "refined", side_effect=AssertionError):

@@ -22,13 +22,17 @@ from fewfire.selectors.scores import Linear, guessed, held_out, reduced_rank, re
 
 __all__ = ["fill", "fit", "rank_of"]
 
+_TOKENS = 32  # that a function of the input is fitted to, at least
 _INVERTED = 30  # steps of a fixed point, which for usual thresholds are far more than enough
 _LEAST_SILU = -0.27846  # what is under it, every gate is over
 
 
-def rank_of(hidden: int) -> int:
-    """The usual rank for a model's hidden size: a multiple of 64, which is what rows are padded to."""
-    return max(64, hidden // 8 // 64 * 64) if hidden > 64 else hidden
+def rank_of(hidden: int, tokens: int) -> int:
+    """The usual rank for a model's hidden size and so many tokens to fit to: a multiple of 64, as rows are padded.
+
+    With fewer tokens for each function a smaller rank finds more (perf/LOG.md, "a rank that the sample can carry").
+    """
+    return max(64, min(hidden // 8, tokens // _TOKENS) // 64 * 64) if hidden > 64 else hidden
 
 
 def fit(packed: Packed, layer: Layer, *, rank: int | None = None, inputs: np.ndarray | None = None) -> Fit:
@@ -38,8 +42,8 @@ def fit(packed: Packed, layer: Layer, *, rank: int | None = None, inputs: np.nda
     of the tokens is held out to measure errors.
     """
     inputs, form = layer.ffn_in if inputs is None else inputs, packed.formats.rows
-    rank = rank_of(inputs.shape[1]) if rank is None else rank
     held = held_out(len(inputs))
+    rank = rank_of(inputs.shape[1], int((~held).sum())) if rank is None else rank
     seen = reference.linear(layer.tensors, "gate", layer.ffn_in[~held]) - _onset(packed.config, layer)
     functions = reduced_rank(inputs[~held], seen, rank)
     # Scores are only compared with each other, so all may be scaled, and float16 scales are most exact around 1.

@@ -130,4 +130,5 @@ def test_too_low_a_density(layer: Layer) -> None:
 
 
 def test_the_usual_rank() -> None:
-    assert [lowrank.rank_of(hidden) for hidden in (48, 64, 576, 2048, 4096)] == [48, 64, 64, 256, 512]
+    assert [lowrank.rank_of(hidden, 1 << 20) for hidden in (48, 64, 576, 2048, 4096)] == [48, 64, 64, 256, 512]
+    assert [lowrank.rank_of(2048, tokens) for tokens in (10, 3072, 6144, 8192)] == [64, 64, 192, 256]
