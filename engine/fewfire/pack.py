@@ -153,8 +153,7 @@ def _layer_rows(checkpoint: Checkpoint, config: ModelConfig, at: str, name: str,
         for part in "qkv":
             yield checkpoint.read(f"{at}{part}.bias")
     elif name in ("o", "gate", "bypass"):
-        form = of.table if name == "bypass" else of.rows
-        yield _encode(checkpoint.read(f"{at}{name}.weight"), form, "dot", f"{at}{name}.weight")
+        yield _encode(checkpoint.read(f"{at}{name}.weight"), of.matrix(name), "dot", f"{at}{name}.weight")
     elif name == "updown":
         yield from _neurons(checkpoint, config, at, of)
     elif name.endswith("_bias"):

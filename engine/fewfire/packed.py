@@ -58,6 +58,10 @@ class Formats(NamedTuple):
     down: str
     table: str  # the embedding, the head, bypasses
 
+    def matrix(self, part: str) -> str:
+        """That of a layer's matrix, by its name: "gate", "bypass"."""
+        return {"down": self.down, "bypass": self.table}.get(part, self.rows)
+
 
 _SMALL = 1024
 

@@ -61,5 +61,4 @@ def _tensor(packed: Packed, name: str, layer: int) -> np.ndarray:
         return arrays[f"{array}_bias"][layer, start:stop]
     if "norm" in part or part in ("act_threshold", "act_centre"):
         return arrays[array][layer]
-    form = of.table if part == "bypass" else of.rows
-    return decode(arrays[array][layer, start:stop], form, "dot", queries if part == "o" else c.hidden_size)
+    return decode(arrays[array][layer, start:stop], of.matrix(part), "dot", queries if part == "o" else c.hidden_size)
