@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fewfire.model import Model
 
 
-_TRIED = 2  # methods, of those that a budget may be kept with
+_TRIED = 2  # methods, of those that keep a budget, at most
 
 
 def sample_text() -> str:
@@ -113,11 +113,12 @@ def check(method: str | None, density: float | None, budget: float | None) -> No
 
 
 def _within_budget(work: Calibration, methods: Sequence[str], budget: float) -> list[Trial]:
-    """For each method the setting that should be fastest and keeps the budget; those that have none are left out."""
+    """Of the likeliest methods for which one keeps the budget, the setting that should be fastest and does."""
     found, start = list[Trial](), math.log1p(budget)
-    methods = choosing.likely(work, methods, start)[:_TRIED]
-    for number, method in enumerate(methods, start=1):
-        best = choosing.within(work, budget, method, start, f"trying {method} ({number} of {len(methods)})")
+    for method in choosing.likely(work, methods, start):
+        if len(found) == _TRIED:
+            break
+        best = choosing.within(work, budget, method, start, f"trying {method}")
         if best is not None:
             tried, start = best  # damages are predicted too high or too low by about the same for the next method
             found.append(tried)

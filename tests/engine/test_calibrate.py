@@ -15,7 +15,7 @@ import pytest
 import tiny
 from decoding import decoded
 from fewfire import choosing, timing
-from fewfire.calibrate import calibrate
+from fewfire.calibrate import _within_budget, calibrate
 from fewfire.calibration import Calibration
 from fewfire.errors import FewfireError
 from fewfire.kernels.compile import Compiled
@@ -200,3 +200,21 @@ def test_two_at_a_time(model: Model) -> None:
 def test_impossible_options(model: Model, options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         calibrate(model, **options)
+
+
+def test_methods_are_tried_until_two_keep_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The likeliest ones may be those that cannot keep it."""
+    tried, work = list[str](), mock.Mock(spec=Calibration)
+
+    def within(work: Calibration, budget: float, method: str, start: float, stage: str) -> tuple[str, float] | None:
+        tried.append(method)
+        return (method, start) if method in keeping else None
+
+    monkeypatch.setattr(choosing, "likely", lambda work, methods, limit: sorted(methods))
+    monkeypatch.setattr(choosing, "within", within)
+    keeping = {"c", "d", "e"}
+    assert _within_budget(work, "abcde", 0.01) == ["c", "d"]
+    assert tried == ["a", "b", "c", "d"]
+    keeping = set()
+    with pytest.raises(FewfireError, match="no setting of a, b keeps perplexity within 1 %"):
+        _within_budget(work, "ab", 0.01)
