@@ -113,7 +113,7 @@ def check(method: str | None, density: float | None, budget: float | None) -> No
 
 
 def _within_budget(work: Calibration, methods: Sequence[str], budget: float) -> list[Trial]:
-    """Of the likeliest methods for which one keeps the budget, the setting that should be fastest and does."""
+    """For the likeliest methods that can keep the budget, `_TRIED` at most, the setting that should be fastest."""
     found, start = list[Trial](), math.log1p(budget)
     for method in choosing.likely(work, methods, start):
         if len(found) == _TRIED:

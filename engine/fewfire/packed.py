@@ -59,8 +59,8 @@ class Formats(NamedTuple):
     table: str  # the embedding, the head, bypasses
 
     def matrix(self, part: str) -> str:
-        """That of a layer's matrix, by its name: "gate", "bypass"."""
-        return {"down": self.down, "bypass": self.table}.get(part, self.rows)
+        """That of a matrix whose rows meet the hidden state or the joined heads: "gate", "bypass"."""
+        return self.table if part == "bypass" else self.rows
 
 
 _SMALL = 1024
