@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ def _share_kernels(cache: Path) -> None:
 
 def pytest_configure() -> None:
     _share_kernels(_SESSION_CACHE)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored for what runs behind it
 
 
 def pytest_unconfigure() -> None:
