@@ -50,14 +50,15 @@ def load(
         raise ValueError(f"threads must be from 1 to 256, not {threads}")
     if context is not None and context < 1:
         raise ValueError(f"context must be at least 1 token, not {context}")
-    return Model(_packed(source, weights, progress), threads or default_threads(), context, progress, dense)
+    threads = threads or default_threads()
+    return Model(_packed(source, weights, threads, progress), threads, context, progress, dense)
 
 
-def _packed(source: str | Path, weights: str, progress: Progress) -> Packed:
+def _packed(source: str | Path, weights: str, threads: int, progress: Progress) -> Packed:
     """The packed model of a source, from the cache if it has been packed before."""
     path = resolve(source, progress)
     if is_packed(path):
-        return open_packed(path)
+        return open_packed(path, threads)
     name = model_name(path) if Path(source).expanduser().exists() else str(source).replace("/", "--").replace(":", "--")
     adapter = adapter_of(source)
     cached = packed_dir() / f"{name}-{weights}-{fingerprint(path, adapter)}-v{VERSION}"
@@ -67,7 +68,7 @@ def _packed(source: str | Path, weights: str, progress: Progress) -> Packed:
         except (ValueError, FewfireError):  # another process may have been faster
             if not is_packed(cached):
                 raise
-    return open_packed(cached)
+    return open_packed(cached, threads)
 
 
 class Model:

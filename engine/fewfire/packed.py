@@ -1,4 +1,4 @@
-"""A packed model: a directory with everything the engine needs, laid out so that weights are mapped and never copied.
+"""A packed model: a directory with everything the engine needs, laid out so that weights are used as they lie there.
 
 `fewfire.json` describes it, `weights.safetensors` holds the arrays that `arrays` lists, each beginning on a page,
 `tokenizer.json` and `chat_template.jinja` come from the checkpoint. Opening one checks the description against its own
@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fewfire import memory
 from fewfire.config import CENTRED, THRESHOLDED, ModelConfig
 from fewfire.errors import CheckpointError
 from fewfire.quantize import row_bytes
@@ -165,7 +166,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Packed:
-    """An opened packed model; `arrays` are read-only views of the mapped file."""
+    """An opened packed model; `arrays` are read-only views of the file, mapped or in memory."""
 
     path: Path
     name: str
@@ -200,8 +201,11 @@ def is_packed(path: Path) -> bool:
     return (path / DESCRIPTION).is_file()
 
 
-def open_packed(path: Path) -> Packed:
-    """Maps a packed model. Raises `CheckpointError` if it is damaged or of another version."""
+def open_packed(path: Path, threads: int = 0) -> Packed:
+    """Maps a packed model. Raises `CheckpointError` if it is damaged or of another version.
+
+    threads: if any, they read it into memory instead, where that is faster to run it from.
+    """
     remedy = f"pack it again (or delete {path})"
     try:
         description = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
@@ -216,12 +220,12 @@ def open_packed(path: Path) -> Packed:
         with (path / WEIGHTS).open("rb") as file:
             if file.read(len(first)) != first:
                 raise CheckpointError(f"{path}: the header of {WEIGHTS} does not fit {DESCRIPTION}; {remedy}")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        last = list(contents)[-1]
-        if len(mapped) < offsets[last] + contents[last].nbytes + 1:
-            raise CheckpointError(f"{path}: {WEIGHTS} is truncated; {remedy}")
+            last = list(contents)[-1]
+            if os.fstat(file.fileno()).st_size < offsets[last] + contents[last].nbytes + 1:
+                raise CheckpointError(f"{path}: {WEIGHTS} is truncated; {remedy}")
+            data = memory.held(file, threads) if threads else memory.mapped(file)
         views = {
-            name: np.frombuffer(mapped, a.dtype, math.prod(a.shape), offsets[name]).reshape(a.shape)
+            name: np.frombuffer(data.data, a.dtype, math.prod(a.shape), offsets[name]).reshape(a.shape)
             for name, a in contents.items()
         }
         return Packed(path, str(description["name"]), config, weights, views)

@@ -3,7 +3,7 @@
 Promises: a reader sees the old calibration or the new one and never a mixture, because the tensors have a name of their
 own in every calibration and the description, which is replaced last, decides; a write that is killed leaves the old one
 valid. What was made for another model, number format or version is refused, and so is what is damaged, before the
-engine sees an array. Large arrays are mapped, not read: like the packed model's they are checked by samples.
+engine sees an array: small arrays whole, large ones by samples.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import mmap
 import os
 import re
 import secrets
@@ -27,7 +26,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from fewfire import tensorfile
+from fewfire import memory, tensorfile
 from fewfire.errors import CheckpointError, FewfireError
 from fewfire.packed import DESCRIPTION, WEIGHTS, Packed
 from fewfire.selectors.parts import flatten, misfit, unflatten
@@ -123,7 +122,7 @@ def load(packed: Packed) -> Selection | None:
     if not tensors.exists() and _named(packed) not in ("", tensors.name):
         return load(packed)  # another process has replaced it just now
     try:
-        arrays = _mapped(tensors)
+        arrays = _arrays(tensors)
     except FileNotFoundError:
         raise _damaged(packed, f"{tensors.name} is missing") from None
     except (CheckpointError, OSError, ValueError, KeyError):
@@ -247,12 +246,12 @@ def _text_digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _mapped(path: Path) -> dict[str, np.ndarray]:
+def _arrays(path: Path) -> dict[str, np.ndarray]:
     """Read-only views of a file of tensors. Raises `FileNotFoundError` and what says that it is damaged."""
     with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = memory.held(file, threads=1)
     found = {
-        name: np.frombuffer(mapped, _TYPES[e.dtype], math.prod(e.shape), e.offset).reshape(e.shape)
+        name: np.frombuffer(data.data, _TYPES[e.dtype], math.prod(e.shape), e.offset).reshape(e.shape)
         for name, e in tensorfile.read_header(path).items()
     }
     del found["~"]
