@@ -21,6 +21,7 @@ from fewfire.kernels.simd import (
     load_i32,
     load_i64,
     mul,
+    prefetch,
     splat_f32,
     store_f32,
     store_f32x8,
@@ -91,6 +92,21 @@ def pad(ids, size):
 
 
 @inline
+def begin_streams(matrix, stride, ids, count):
+    """Asks for the first rows of a list's four streams at once; otherwise they arrive line after line.
+
+    Two of each quarter, as many as kernels work on before they come to rows that they have asked for themselves
+    (perf/LOG.md, "where a stream begins").
+    """
+    quarter = (count + 3) // 4
+    for part in range(0, 4 * quarter, max(quarter, 1)):
+        for i in range(part, min(part + SOON, count)):
+            row = matrix + stride * load_i32(ids + 4 * i)
+            for line in range(row & -64, row + stride, 64):
+                prefetch(line)
+
+
+@inline
 def row_chunks(team):
     """Chunks that the rows of a matrix are shared out in.
 
@@ -106,6 +122,8 @@ def all_rows(model, team, dot, matrix, stride, count, chunk, chunks, x, out):
     start, stop = count * first // chunks, count * end // chunks
     quarter, rows = (stop - start + 3) // 4, model.every + 4 * start
     piece = quarter * (chunk - first) // (end - first), quarter * (chunk - first + 1) // (end - first)
+    if chunk == first:
+        begin_streams(matrix, stride, rows, stop - start)
     call(dot, (matrix, stride, rows, rows + 4 * SOON, stride, stop - start, piece[0], piece[1], x, out + 4 * start))
 
 
