@@ -89,7 +89,7 @@ def _start(result: Result) -> str:
 
 _START = (
     "Seconds from starting the process to the first byte of the answer, and memory after"
-    f" {start.TOKENS} tokens, with mapped weights in it. fewfire: `fewfire generate`, warm, with no kernels compiled"
+    f" {start.TOKENS} tokens, with the weights in it. fewfire: `fewfire generate`, warm, with no kernels compiled"
     " (the first start ever) and with no model packed either; other engines: the least code that loads a converted"
     " model and reads the same prompt, which is the same for every start."
 )
