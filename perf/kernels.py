@@ -98,7 +98,7 @@ class Rows:
 
 @contextmanager
 def large_matrix(weights: str, columns: int, megabytes: int, mapped: bool) -> Iterator[Rows]:
-    """Random rows in memory of our own (in large pages where the system has them) or in a mapped file, as models are.
+    """Random rows in memory of our own (which NumPy asks large pages for), or in a mapped file, as large models are.
 
     The bytes of dot rows serve axpy as well: only the order of a row's columns differs.
     """

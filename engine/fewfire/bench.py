@@ -2,8 +2,8 @@
 
 As llama-bench does it: a prompt read into an empty context ("pp512"), and tokens read one by one, as in generation,
 from an empty context on ("tg128"). Choosing the next token is no part of it. One run before the ones that count warms
-caches and maps the weights. The tokens are a text's, where llama-bench has random ones: how much a selection leaves out
-of those says nothing.
+caches, and reads weights that are mapped. The tokens are a text's, where llama-bench has random ones: how much a
+selection leaves out of those says nothing.
 """
 
 from __future__ import annotations

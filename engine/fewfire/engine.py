@@ -90,7 +90,7 @@ class Engine:
         self._cache_format = "f32" if packed.weights in ("f32", "bf16") else "f16"
         self._cell = head_width(packed.config) * (4 if self._cache_format == "f32" else 2)
         self._primitives = _primitives(packed, self._cache_format, group % attention.QUERIES)
-        self._packed = packed  # owns the mapped weights
+        self._packed = packed  # owns the weights
         self._use(selection, dense, 0, progress)
 
     @property

@@ -1,8 +1,8 @@
 """Where a model's weights lie, and giving memory back to the system.
 
-Every token walks through the whole of a model. In pages of 4 KB that is a walk through the page tables every few rows,
-and for rows here and there one for each, which costs more than the row (perf/LOG.md, "pages of two megabytes"). Files
-get pages as their file system likes; memory of our own gets large ones from Linux for the asking.
+A token walks through most of a model. In pages of 4 KB that is a walk through the page tables every few rows, and for
+rows here and there one for each, which costs more than the row (perf/LOG.md, "pages of two megabytes"). Files get pages
+as their file system likes; memory of our own gets large ones from Linux for the asking.
 """
 
 import contextlib
@@ -11,14 +11,24 @@ import errno
 import mmap
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
 
-_LARGE = 1 << 21
+from fewfire.progress import Progress, silent
+
 _PIECE = 1 << 25  # bytes of a file that one thread reads at a time
+_LONG = 1 << 30  # bytes that take long enough to say so
+_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+# Of a container, by version of Linux's control groups: where they are; the files with the limit, with what is used, and
+# the name in `memory.stat` of what of that is cached files and would be given up.
+_GROUPS = {
+    1: (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+}
 
 
 def mapped(file: BinaryIO) -> np.ndarray:
@@ -26,52 +36,74 @@ def mapped(file: BinaryIO) -> np.ndarray:
     return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
-def held(file: BinaryIO, threads: int) -> np.ndarray:
-    """The same, read-only too, in large pages.
+def held(file: BinaryIO, threads: int, progress: Progress = silent) -> np.ndarray:
+    """The bytes of a file, read by so many threads into large pages; read-only. Raises `OSError`.
 
-    But mapped where there are none to be had, and where the file would take more than half of the memory that is free.
+    Mapped where the system has no large pages, the file would not fill one, or it would take more than half of the
+    memory that is free.
     """
-    size = os.fstat(file.fileno()).st_size
-    if not _has_large_pages() or size > _free() // 2:
+    size, page = os.fstat(file.fileno()).st_size, _large_page()
+    if not 0 < page <= size <= _free() // 2:
         return mapped(file)
     try:
-        pages = mmap.mmap(-1, size + _LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages = mmap.mmap(-1, (size // page + 2) * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages.madvise(mmap.MADV_HUGEPAGE)
     except OSError:
         return mapped(file)
     whole = np.frombuffer(pages, np.uint8)
-    held = whole[-whole.ctypes.data % _LARGE :][:size]
+    data = whole[-whole.ctypes.data % page :][:size]
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda at: _read(file, held[at : at + _PIECE], at), range(0, size, _PIECE)))
-    held.flags.writeable = False
-    return held
+        for done in pool.map(lambda at: _read(file, data[at : at + _PIECE], at), range(0, size, _PIECE)):
+            if size > _LONG:
+                progress("reading the model", done, size)
+    data.flags.writeable = False
+    return data
 
 
-def _read(file: BinaryIO, into: np.ndarray, at: int) -> None:
+def _read(file: BinaryIO, into: np.ndarray, at: int) -> int:
+    """Fills `into` with the file's bytes from `at` on; returns where they end."""
     while into.size:
         read = os.preadv(file.fileno(), [into.data], at)
         if read == 0:
             raise OSError(errno.EIO, "it was cut off just now")
         into, at = into[read:], at + read
+    return at
 
 
-def _has_large_pages() -> bool:
+def _large_page() -> int:
+    """Bytes of a large page, 0 where there are none."""
     try:
-        return "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-    except OSError:
-        return False  # not Linux
+        if "[never]" in (_PAGES / "enabled").read_text():
+            return 0
+        return int((_PAGES / "hpage_pmd_size").read_text())
+    except (OSError, ValueError):
+        return 0  # not Linux
 
 
 def _free() -> int:
-    """Bytes that this process may take: those that the system has to give, or fewer where a container has a limit."""
+    """Bytes that this process may take: those that the system has to give, or fewer where it is in a container."""
     free = 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = 1024 * int(line.split()[1])
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, max(0, limit - used))  # "max" is no number: no limit
-    return free
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = 1024 * int(line.split()[1])
+    return max(0, min([free, *_left()]))
+
+
+def _left() -> Iterator[int]:
+    """Bytes that the limits of control groups leave to this process, those of the groups around its own included."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, group = line.split(":", 2)
+            if kinds and "memory" not in kinds.split(","):
+                continue
+            root, limit, used, cached = _GROUPS[1 if kinds else 2]
+            for each in (PurePosixPath(group), *PurePosixPath(group).parents):
+                place = root / each.relative_to("/")
+                with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+                    stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+                    spent = int((place / used).read_text()) - int(stat.get(cached, 0))
+                    yield int((place / limit).read_text()) - spent
 
 
 def trim() -> None:

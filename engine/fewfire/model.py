@@ -38,9 +38,10 @@ def load(
 
     source: an alias ("smollm2"), a directory in the Hugging Face layout, a hub id, a .gguf file, or a packed model
     directory. Anything but a packed model is packed once, as `weights` ("q4", "q8", "bf16", "f32"), into the user's
-    cache; a packed model keeps its format. threads: default, all cores of the process. context: the most tokens that a
-    session may hold; default, the model's limit. dense: leave nothing out: do not use the model's calibration, nor skip
-    neurons that a ReLU makes zero. progress: called with (stage, done, total) while fetching, packing and compiling.
+    cache; a packed model keeps its format. threads: that read and run it; default, all cores of the process. context:
+    the most tokens that a session may hold; default, the model's limit. dense: leave nothing out: do not use the
+    model's calibration, nor skip neurons that a ReLU makes zero. progress: called with (stage, done, total) while
+    fetching, packing and compiling.
 
     Raises `ValueError` for an impossible option, `SourceError` if the model cannot be found or fetched,
     `CheckpointError` if it is damaged or unsupported.
@@ -58,7 +59,7 @@ def _packed(source: str | Path, weights: str, threads: int, progress: Progress) 
     """The packed model of a source, from the cache if it has been packed before."""
     path = resolve(source, progress)
     if is_packed(path):
-        return open_packed(path, threads)
+        return open_packed(path, threads, progress)
     name = model_name(path) if Path(source).expanduser().exists() else str(source).replace("/", "--").replace(":", "--")
     adapter = adapter_of(source)
     cached = packed_dir() / f"{name}-{weights}-{fingerprint(path, adapter)}-v{VERSION}"
@@ -68,7 +69,7 @@ def _packed(source: str | Path, weights: str, threads: int, progress: Progress) 
         except (ValueError, FewfireError):  # another process may have been faster
             if not is_packed(cached):
                 raise
-    return open_packed(cached, threads)
+    return open_packed(cached, threads, progress)
 
 
 class Model:
@@ -87,7 +88,7 @@ class Model:
         self.context = min(context or packed.config.max_position_embeddings, packed.config.max_position_embeddings)
         self.tokenizer = _tokenizer(packed)
         self.chat_template = _template(packed, self.tokenizer)
-        self.engine = Engine(packed, threads, progress, dense, None if dense else store.load(packed))
+        self.engine = Engine(packed, threads, progress, dense, None if dense else store.load(packed, threads))
         memory.trim()
 
     @property

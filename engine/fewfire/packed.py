@@ -3,7 +3,8 @@
 `fewfire.json` describes it, `weights.safetensors` holds the arrays that `arrays` lists, each beginning on a page,
 `tokenizer.json` and `chat_template.jinja` come from the checkpoint. Opening one checks the description against its own
 digest and against the file's header and size, so a truncated or mismatched model is refused before the first token.
-The digest of the weights, taken while packing, tells models apart; opening does not check it: it would read them all.
+The digest of the weights, taken while packing, tells models apart; opening does not check it: that would take longer
+than reading them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from fewfire import memory
 from fewfire.config import CENTRED, THRESHOLDED, ModelConfig
 from fewfire.errors import CheckpointError
+from fewfire.progress import Progress, silent
 from fewfire.quantize import row_bytes
 
 VERSION = 5
@@ -201,10 +203,10 @@ def is_packed(path: Path) -> bool:
     return (path / DESCRIPTION).is_file()
 
 
-def open_packed(path: Path, threads: int = 0) -> Packed:
-    """Maps a packed model. Raises `CheckpointError` if it is damaged or of another version.
+def open_packed(path: Path, threads: int = 0, progress: Progress = silent) -> Packed:
+    """Opens a packed model. Raises `CheckpointError` if it is damaged or of another version.
 
-    threads: if any, they read it into memory instead, where that is faster to run it from.
+    threads: how many read it into memory, if it is to run from there (see `memory.held`); 0: it is mapped.
     """
     remedy = f"pack it again (or delete {path})"
     try:
@@ -223,7 +225,7 @@ def open_packed(path: Path, threads: int = 0) -> Packed:
             last = list(contents)[-1]
             if os.fstat(file.fileno()).st_size < offsets[last] + contents[last].nbytes + 1:
                 raise CheckpointError(f"{path}: {WEIGHTS} is truncated; {remedy}")
-            data = memory.held(file, threads) if threads else memory.mapped(file)
+            data = memory.held(file, threads, progress) if threads else memory.mapped(file)
         views = {
             name: np.frombuffer(data.data, a.dtype, math.prod(a.shape), offsets[name]).reshape(a.shape)
             for name, a in contents.items()

@@ -15,9 +15,9 @@ LARGE = 1 << 21
 @pytest.fixture
 def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A system with large pages and memory to spare."""
-    if not hasattr(os, "preadv"):
-        pytest.skip("not on this system")
-    monkeypatch.setattr(memory, "_has_large_pages", lambda: True)
+    if not memory._large_page():
+        pytest.skip("no large pages on this system")
+    monkeypatch.setattr(memory, "_large_page", lambda: LARGE)
     monkeypatch.setattr(memory, "_free", lambda: 1 << 33)
 
 
@@ -27,7 +27,7 @@ def written(path: Path, size: int) -> bytes:
     return data
 
 
-@pytest.mark.parametrize("size", [1, 4095, 4097, LARGE, 3 * LARGE + 17])
+@pytest.mark.parametrize("size", [LARGE, LARGE + 1, 3 * LARGE + 17, 4 * LARGE - 1])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.usefixtures("roomy")
 def test_held(size: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,9 +45,11 @@ def test_held(size: int, threads: int, tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("roomy")
 def test_what_has_no_room_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = written(tmp_path / "file", 10_000)
     monkeypatch.setattr(os, "preadv", None)  # nothing is read
-    for name, value in (("_free", 19_999), ("_has_large_pages", False)):
+    for size, name, value in (
+        (3 * LARGE, "_free", 6 * LARGE - 1), (3 * LARGE, "_large_page", 0), (LARGE - 1, "_free", 1 << 33)
+    ):  # fmt: skip
+        data = written(tmp_path / "file", size)
         with monkeypatch.context() as patch, (tmp_path / "file").open("rb") as file:
             patch.setattr(memory, name, lambda value=value: value)
             found = memory.held(file, 1)
@@ -57,7 +59,7 @@ def test_what_has_no_room_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("roomy")
 def test_a_file_that_is_cut_off_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written(tmp_path / "file", 10_000)
+    written(tmp_path / "file", 2 * LARGE)
     read = os.preadv
 
     def cut(*arguments: object) -> int:
@@ -69,9 +71,39 @@ def test_a_file_that_is_cut_off_meanwhile(tmp_path: Path, monkeypatch: pytest.Mo
         memory.held(file, 1)
 
 
-def test_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the system has to give, or less where a container has a limit."""
-    files = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    4000 kB\nBuffers: 1 kB\n"}
+def test_progress_ends_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roomy: None) -> None:
+    written(tmp_path / "file", 2 * LARGE + 5)
+    monkeypatch.setattr(memory, "_PIECE", 1_000_000)
+    monkeypatch.setattr(memory, "_LONG", 2 * LARGE)
+    calls = list[tuple[int, int]]()
+    with (tmp_path / "file").open("rb") as file:
+        memory.held(file, 2, lambda stage, done, total: calls.append((done, total)))
+    assert calls == [(min(1_000_000 * i, 2 * LARGE + 5), 2 * LARGE + 5) for i in range(1, 6)]
+
+
+MEMINFO = "MemTotal: 9000 kB\nMemAvailable:    4000 kB\nBuffers: 1 kB\n"
+
+
+@pytest.mark.parametrize(
+    ("free", "files"),
+    [
+        (0, {}),
+        (4_096_000, {"/proc/meminfo": MEMINFO}),
+        (4_096_000, {"/proc/meminfo": MEMINFO, "/proc/self/cgroup": "0::/a/b\n"}),
+        (4_096_000, {"/proc/self/cgroup": "0::/a/b\n", "/sys/fs/cgroup/a/b/memory.max": "max\n"}),
+        (60_000, {"/proc/self/cgroup": "0::/a/b\n", "/sys/fs/cgroup/a/b/memory.max": "60000\n"}),
+        (60_000, {"/proc/self/cgroup": "1:cpu:/\n0::/a/b\n", "/sys/fs/cgroup/memory.max": "60000\n"}),
+        (900, {"/proc/self/cgroup": "0::/a/b\n", "/sys/fs/cgroup/a/memory.max": "900\n"}),
+        (50_000, {"/proc/self/cgroup": "4:cpu,memory:/c\n", "/sys/fs/cgroup/memory/memory.limit_in_bytes": "50000\n"}),
+    ],
+)
+def test_free(free: int, files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the system has to give, or less where a container has a limit, of which cached files take nothing."""
+    files = {"/proc/meminfo": MEMINFO} | files if files else files
+    for place in ("/sys/fs/cgroup", "/sys/fs/cgroup/a", "/sys/fs/cgroup/a/b"):
+        files |= {f"{place}/memory.current": "1000\n", f"{place}/memory.stat": "anon 1\ninactive_file 1000\n"}
+    v1 = {"memory.usage_in_bytes": "3000\n", "memory.stat": "inactive_file 5\ntotal_inactive_file 3000\n"}
+    files |= {f"/sys/fs/cgroup/memory/{name}": text for name, text in v1.items()}
 
     def text(path: Path) -> str:
         if str(path) not in files:
@@ -79,15 +111,14 @@ def test_free(monkeypatch: pytest.MonkeyPatch) -> None:
         return files[str(path)]
 
     monkeypatch.setattr(Path, "read_text", text)
-    assert memory._free() == 4_096_000
-    files |= {"/sys/fs/cgroup/memory.max": "max\n", "/sys/fs/cgroup/memory.current": "1000\n"}
-    assert memory._free() == 4_096_000
-    files["/sys/fs/cgroup/memory.max"] = "51000\n"
-    assert memory._free() == 50_000
+    assert memory._free() == free
 
 
-def test_a_model_runs_from_memory_as_it_does_from_its_file(packed_path: Callable[[str, str], Path]) -> None:
+def test_a_model_runs_from_memory_as_it_does_from_its_file(
+    packed_path: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch, roomy: None
+) -> None:
     path = packed_path("llama", "q4")
+    monkeypatch.setattr(memory, "_large_page", lambda: PAGE)  # it is a small one
     held, mapped = open_packed(path, threads=2), open_packed(path)
     for name, array in mapped.arrays.items():
         np.testing.assert_array_equal(held.arrays[name], array)

@@ -11,7 +11,7 @@ from numba import types
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import inline, primitive
 from fewfire.kernels.gather import VALUES
-from fewfire.kernels.layer import add_to, pad
+from fewfire.kernels.layer import add_to, begin_block, pad
 from fewfire.kernels.simd import (
     call,
     load_f32,
@@ -76,6 +76,7 @@ def column_chunk(model, work, thread, layer, projection, chunk, columns, stride,
     if size > 0:
         pad(ids, size)
         scratch = work.factors + thread * work.factors_stride
+        begin_block(columns, stride, stride, ids, size)
         call(model.gather_axpy, (columns, stride, ids, ids + 4 * BLOCK, size, factors, y, width, scratch))
     _count(work, layer, projection, chunk, size * stride)
 

@@ -84,6 +84,9 @@ LAYER = record(
 CACHE = record("keys values capacity kept")
 
 
+_BEGINNING = 1024  # bytes of a row, after which the hardware has found the stream
+
+
 @inline
 def pad(ids, size):
     """What kernels look ahead to behind a list: its last entry."""
@@ -92,18 +95,29 @@ def pad(ids, size):
 
 
 @inline
-def begin_streams(matrix, stride, ids, count):
-    """Asks for the first rows of a list's four streams at once; otherwise they arrive line after line.
+def begin_streams(matrix, stride, wanted, ids, count):
+    """Asks at once for the first rows of a list that is worked on as four streams (see `gather.py`).
 
-    Two of each quarter, as many as kernels work on before they come to rows that they have asked for themselves
-    (perf/LOG.md, "where a stream begins").
+    Otherwise they would arrive line after line (perf/LOG.md, "where a stream begins"). Of each quarter these are the
+    rows that are met before those which kernels ask for themselves; of a row `wanted` bytes, or the beginning of them.
     """
     quarter = (count + 3) // 4
     for part in range(0, 4 * quarter, max(quarter, 1)):
         for i in range(part, min(part + SOON, count)):
-            row = matrix + stride * load_i32(ids + 4 * i)
-            for line in range(row & -64, row + stride, 64):
-                prefetch(line)
+            _ask_for(matrix + stride * load_i32(ids + 4 * i), wanted)
+
+
+@inline
+def begin_block(matrix, stride, wanted, ids, count):
+    """The same for a list that is worked on in order, block by block (see `axpy.py`)."""
+    for i in range(min(count, BLOCK)):
+        _ask_for(matrix + stride * load_i32(ids + 4 * i), wanted)
+
+
+@inline
+def _ask_for(row, wanted):
+    for line in range(row & -64, row + min(wanted, _BEGINNING), 64):
+        prefetch(line)
 
 
 @inline
@@ -123,7 +137,7 @@ def all_rows(model, team, dot, matrix, stride, count, chunk, chunks, x, out):
     quarter, rows = (stop - start + 3) // 4, model.every + 4 * start
     piece = quarter * (chunk - first) // (end - first), quarter * (chunk - first + 1) // (end - first)
     if chunk == first:
-        begin_streams(matrix, stride, rows, stop - start)
+        begin_streams(matrix, stride, stride, rows, stop - start)
     call(dot, (matrix, stride, rows, rows + 4 * SOON, stride, stop - start, piece[0], piece[1], x, out + 4 * start))
 
 

@@ -103,7 +103,7 @@ def predict(model, weights, work, chunk, kept, ids, groups, scores):
         pad(groups, size)
         rows, soon, stride, end = groups, groups + 4 * SOON, weights.predictor_stride, (size + 3) // 4
         z = work.hint if weights.basis != 0 else work.x
-        begin_streams(weights.predictor, stride, groups, size)
+        begin_streams(weights.predictor, stride, stride, groups, size)
         call(model.gather_dot, (weights.predictor, stride, rows, soon, stride, size, 0, end, z, scores))
         size = _members(model, weights, kept, groups, scores, size, ids)
     return size
@@ -122,7 +122,7 @@ def gates(model, weights, x, ids, size, gate):
     """act(gate) of the listed neurons, less their centres."""
     pad(ids, size)
     stride, end = model.gate_stride, (size + 3) // 4
-    begin_streams(weights.gate, stride, ids, size)
+    begin_streams(weights.gate, stride, stride, ids, size)
     call(model.gather_dot, (weights.gate, stride, ids, ids + 4 * SOON, stride, size, 0, end, x, gate))
     add_listed(gate, weights.gate_bias, ids, size)
     call(model.activate, (model.activation, gate, size, weights.act_centre, weights.act_threshold, ids, size))

@@ -3,7 +3,7 @@
 Promises: a reader sees the old calibration or the new one and never a mixture, because the tensors have a name of their
 own in every calibration and the description, which is replaced last, decides; a write that is killed leaves the old one
 valid. What was made for another model, number format or version is refused, and so is what is damaged, before the
-engine sees an array: small arrays whole, large ones by samples.
+engine sees an array: numbers whole, stored rows by samples.
 """
 
 from __future__ import annotations
@@ -113,16 +113,19 @@ def check_writable(packed: Packed) -> None:
         raise _unwritable(packed.path, error) from None
 
 
-def load(packed: Packed) -> Selection | None:
-    """The calibration in a packed model's directory, None without one. Raises `CheckpointError` if it is of no use."""
+def load(packed: Packed, threads: int = 0) -> Selection | None:
+    """The calibration in a packed model's directory, None without one. Raises `CheckpointError` if it is of no use.
+
+    threads: as for `packed.open_packed`.
+    """
     content = _description(packed)
     if content is None:
         return None
     tensors = packed.path / content["tensors"]
     if not tensors.exists() and _named(packed) not in ("", tensors.name):
-        return load(packed)  # another process has replaced it just now
+        return load(packed, threads)  # another process has replaced it just now
     try:
-        arrays = _arrays(tensors)
+        arrays = _arrays(tensors, threads)
     except FileNotFoundError:
         raise _damaged(packed, f"{tensors.name} is missing") from None
     except (CheckpointError, OSError, ValueError, KeyError):
@@ -246,10 +249,10 @@ def _text_digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
+def _arrays(path: Path, threads: int) -> dict[str, np.ndarray]:
     """Read-only views of a file of tensors. Raises `FileNotFoundError` and what says that it is damaged."""
     with path.open("rb") as file:
-        data = memory.held(file, threads=1)
+        data = memory.held(file, threads) if threads else memory.mapped(file)
     found = {
         name: np.frombuffer(data.data, _TYPES[e.dtype], math.prod(e.shape), e.offset).reshape(e.shape)
         for name, e in tensorfile.read_header(path).items()
