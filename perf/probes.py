@@ -20,7 +20,8 @@ import fewfire
 from fewfire.kernels.compile import Primitive
 from fewfire.kernels.simd import call, instruction, load_i64, store_i64
 
-MATRICES = ("qkv", "o", "gate", "up", "bypass")  # told apart by where a call's matrix lies
+# By where a call's matrix lies; the last two are of a selection.
+MATRICES = ("qkv", "o", "gate", "up", "bypass", "predictor", "screen")
 PARTS = (*MATRICES, "down", "attention", "head", "small steps")
 _PART_OF = {"gather_axpy": "down", "table_dot": "head"}  # all else is small
 _PART_OF |= dict.fromkeys(("attend", "attend_rest", "merge", "settle"), "attention")
@@ -49,10 +50,22 @@ def _form(forward: Callable[[tuple[Any, ...]], None], count: int) -> Callable[..
     return eval(f"lambda {names}: forward(({names},))", {"forward": forward})
 
 
-def _probe(primitive: Primitive, counters: np.ndarray, first: tuple[int, ...], last: tuple[int, ...], part: int) -> Any:
-    """Stands in for a primitive; a call counts for the matrix its first argument lies in, or else for `part`."""
+def matrices(model: fewfire.Model) -> list[tuple[str, np.ndarray]]:
+    """The matrices of `MATRICES` that a model and its selection have; a part may have several."""
+    arrays, selection = model.packed.arrays, model.engine._selection
+    found = [(name, arrays.get("updown" if name == "up" else name)) for name in MATRICES]
+    if selection and selection.predictor:
+        found += [("predictor", selection.predictor.rows), ("predictor", selection.predictor.basis)]
+    if selection and selection.screen:
+        found += [("screen", selection.screen.rows), ("screen", selection.screen.basis)]
+    return [(name, array) for name, array in found if array is not None]
+
+
+def _probe(primitive: Primitive, counters: np.ndarray, met: list[tuple[str, np.ndarray]], part: int) -> Any:
+    """Stands in for a primitive; a call counts for the part whose matrix its first argument lies in, or for `part`."""
     address, at = primitive.address, counters.ctypes.data
-    count = len(first)
+    count, nowhere = max(len(met), 1), ((0, 0, part),)
+    first, last, parts = zip(*(_range(*each) for each in met) if met else nowhere, strict=True)
 
     @numba.njit(**_OPTIONS)
     def forward(arguments):
@@ -62,11 +75,16 @@ def _probe(primitive: Primitive, counters: np.ndarray, first: tuple[int, ...], l
         chosen = part
         for i in range(count):
             if first[i] <= arguments[0] < last[i]:
-                chosen = i
+                chosen = parts[i]
         store_i64(at + 8 * chosen, load_i64(at + 8 * chosen) + spent)
 
     form = _form(forward, len(primitive._signature.args))
     return numba.cfunc(primitive._signature, **_OPTIONS)(form)
+
+
+def _range(name: str, array: np.ndarray) -> tuple[int, int, int]:
+    """Where a matrix begins and ends, and the number of its part."""
+    return array.ctypes.data, array.ctypes.data + array.nbytes, PARTS.index(name)
 
 
 class Probes:
@@ -75,16 +93,13 @@ class Probes:
     def __init__(self, model: fewfire.Model) -> None:
         self._record = model.engine._model.record
         self.ticks = np.zeros(len(PARTS), np.int64)
-        arrays = [model.packed.arrays.get("updown" if name == "up" else name) for name in MATRICES]
-        first = tuple(0 if a is None else a.ctypes.data for a in arrays)
-        last = tuple(0 if a is None else a.ctypes.data + a.nbytes for a in arrays)
+        met = matrices(model)
         self._probes: dict[str, Any] = {}
         for name, primitive in model.engine._primitives.items():
             if name in _OF_PREFILL:
                 continue
             part = PARTS.index(_PART_OF.get(name, "small steps"))
-            here = (first, last) if name in ("gather_dot", "table_dot") else ((0,), (0,))
-            self._probes[name] = _probe(primitive, self.ticks, *here, part)
+            self._probes[name] = _probe(primitive, self.ticks, met if name in ("gather_dot", "table_dot") else [], part)
         self._own = {name: int(self._record[name][0]) for name in self._probes}
 
     def __enter__(self) -> Probes:

@@ -20,7 +20,7 @@ from perf import machine, results
 from perf.decode import bandwidth_line
 from perf.depth import DeepFewfire
 from perf.peers import Request
-from perf.probes import PARTS, Probes, now
+from perf.probes import PARTS, Probes, matrices, now
 from perf.spread import rounded, shown, spread
 from perf.status import say
 from perf.table import table
@@ -29,19 +29,20 @@ LOOP, TOKEN, PLAIN = "the loop", "token", "without probes"
 
 
 def bytes_read(deep: DeepFewfire, positions: float) -> dict[str, float]:
-    """The bytes that a token must read for each part, after so many positions."""
+    """The bytes that a token must read for each part, after so many positions; of a selection, the last token's."""
     model = deep.model
     c, arrays, record = model.config, model.packed.arrays, model.engine._model.record
-    up, shares = c.num_hidden_layers * c.intermediate_size * int(record["down"][0]), deep.engine.neurons_read()
-    bypass = {"bypass": arrays["bypass"].nbytes} if "bypass" in arrays else {}
-    return bypass | {
-        "qkv": arrays["qkv"].nbytes,
-        "o": arrays["o"].nbytes,
-        "gate": arrays["gate"].nbytes,
-        "up": shares[0] * up,
-        "down": shares[1] * (arrays["updown"].nbytes - up),
+    up, head = c.num_hidden_layers * c.intermediate_size * int(record["down"][0]), arrays.get("head", arrays["embed"])
+    gates, ups, downs = model.engine.neurons_read().sum(axis=0) / (c.num_hidden_layers * c.intermediate_size)
+    found: dict[str, float] = dict.fromkeys(("predictor", "screen", "bypass"), 0)
+    for part, array in matrices(model):
+        found[part] = found.get(part, 0) + array.nbytes
+    return {part: size for part, size in found.items() if size} | {
+        "gate": gates * arrays["gate"].nbytes,
+        "up": ups * up,
+        "down": downs * (arrays["updown"].nbytes - up),
         "attention": deep.engine.cached_bytes(positions),
-        "head": arrays.get("head", arrays["embed"]).nbytes,
+        "head": model.engine._work.exact.sum() * head.shape[2] if found["screen"] else head.nbytes,
     }
 
 

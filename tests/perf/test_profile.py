@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 
 import fewfire
+from fewfire.calibrate import calibrate
+from fewfire.model import Model
+from fewfire.pack import pack
+from fewfire.packed import open_packed
 from perf import probes, profile, results
 from perf.depth import DeepFewfire
 from perf.peers import Request
 from perf.report import figures
+
+OF_SELECTIONS = ["predictor", "screen"]
 
 
 @pytest.mark.parametrize(
@@ -24,7 +30,7 @@ def test_probes_see_every_part_and_leave_the_logits_as_they_are(family, missing,
     with probes.Probes(model) as counted:
         np.testing.assert_array_equal(model.session().feed([5]), plain)
     parts = dict(zip(probes.PARTS, counted.ticks.tolist(), strict=True))
-    assert [part for part, ticks in parts.items() if not ticks] == missing
+    assert [part for part, ticks in parts.items() if not ticks] == [*missing, *OF_SELECTIONS]
     assert model.engine._model.record == record
 
 
@@ -34,7 +40,7 @@ def test_a_token_is_profiled_and_reported(tiny_path, tmp_path, monkeypatch):
     profile.main(["--model", str(tiny_path()), *quick])
     result = json.loads((tmp_path / "p.json").read_text())
     parts = {r["part"]: r for r in result["parts"]}
-    there = [part for part in probes.PARTS if part != "bypass"]
+    there = [part for part in probes.PARTS if part not in ("bypass", *OF_SELECTIONS)]
     assert list(parts) == [*there, profile.LOOP, profile.TOKEN, profile.PLAIN]
     read = [r["megabytes"] for part, r in parts.items() if part in (*probes.PARTS,) and "megabytes" in r]
     assert sum(read) == pytest.approx(parts[profile.TOKEN]["megabytes"], rel=1e-3)
@@ -48,3 +54,16 @@ def test_the_parts_bytes_are_those_of_a_token(family, tiny_path):
     assert (deep.engine.neurons_read() < (1, 1)) == (family != "llama")
     needed = deep.engine.bytes_per_token(10)
     assert 0.9 * needed < sum(profile.bytes_read(deep, 10).values()) <= needed  # all but norms and biases
+
+
+def test_what_a_selection_reads_has_parts_of_its_own(tiny_path, tmp_path):
+    path = pack(tiny_path(), tmp_path / "packed", "q4")
+    calibrate(Model(open_packed(path), 1), method="lowrank+screen", density=0.3, text="A quick brown fox. " * 60)
+    deep = DeepFewfire("fewfire:q4", Request(str(path), 1, 20), [1])
+    with probes.Probes(deep.model) as counted:
+        deep.decode(1, 20, 4)
+    parts = dict(zip(probes.PARTS, counted.ticks.tolist(), strict=True))
+    assert [part for part, ticks in parts.items() if not ticks] == ["bypass"]
+    needed, read = deep.model.engine.bytes_read(), profile.bytes_read(deep, 20)
+    read.pop("attention")
+    assert 0.8 * needed < sum(read.values()) <= needed  # all but thresholds, biases and lists
