@@ -11,6 +11,8 @@ import errno
 import mmap
 import os
 import sys
+import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -20,6 +22,8 @@ import numpy as np
 
 from fewfire.progress import Progress, silent
 
+_HELD: weakref.WeakValueDictionary[tuple[int, ...], np.ndarray] = weakref.WeakValueDictionary()
+_LOCK = threading.Lock()
 _PIECE = 1 << 25  # bytes of a file that one thread reads at a time
 _LONG = 1 << 30  # bytes that take long enough to say so
 _PAGES = Path("/sys/kernel/mm/transparent_hugepage")
@@ -40,9 +44,19 @@ def held(file: BinaryIO, threads: int, progress: Progress = silent) -> np.ndarra
     """The bytes of a file, read by so many threads into large pages; read-only. Raises `OSError`.
 
     Mapped where the system has no large pages, the file would not fill one, or it would take more than half of the
-    memory that is free.
+    memory that is free. Who asks for a file that is still in use gets the same bytes.
     """
-    size, page = os.fstat(file.fileno()).st_size, _large_page()
+    found = os.fstat(file.fileno())
+    with _LOCK:
+        known = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        data = _HELD.get(known)
+        if data is None:
+            data = _HELD[known] = _read_or_mapped(file, found.st_size, threads, progress)
+        return data
+
+
+def _read_or_mapped(file: BinaryIO, size: int, threads: int, progress: Progress) -> np.ndarray:
+    page = _large_page()
     if not 0 < page <= size <= _free() // 2:
         return mapped(file)
     try:

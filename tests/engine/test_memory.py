@@ -1,3 +1,4 @@
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,24 @@ def test_what_has_no_room_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             found = memory.held(file, 1)
         assert found.tobytes() == data
         assert not found.flags.writeable
+
+
+@pytest.mark.usefixtures("roomy")
+def test_a_file_is_held_once_as_long_as_it_is_in_use(tmp_path: Path) -> None:
+    written(tmp_path / "file", 2 * LARGE)
+
+    def held() -> np.ndarray:
+        with (tmp_path / "file").open("rb") as file:
+            return np.frombuffer(memory.held(file, 1).data, np.uint8)[7:]
+
+    first, second = held(), held()
+    assert np.shares_memory(first, second)
+    data = written(tmp_path / "file", 2 * LARGE)  # another one
+    os.utime(tmp_path / "file", ns=(1, 1))
+    assert held().tobytes() == data[7:]
+    del first, second
+    gc.collect()
+    assert not memory._HELD
 
 
 @pytest.mark.usefixtures("roomy")
