@@ -35,35 +35,33 @@ _GROUPS = {
 }
 
 
-def mapped(file: BinaryIO) -> np.ndarray:
-    """The bytes of a file, read when they are looked at. Raises `OSError`, and `ValueError` for an empty one."""
+def contents(file: BinaryIO, threads: int = 0, progress: Progress = silent) -> np.ndarray:
+    """The bytes of a file, read-only: mapped, or read by so many threads into large pages.
+
+    It is mapped without threads, where the system has no large pages or the file would not fill one, and where it would
+    take more than half of the memory that is free. Who asks for a file that was read and is still in use gets the same
+    bytes. Raises `OSError`, and `ValueError` for an empty file.
+    """
+    found, page = os.fstat(file.fileno()), _large_page()
+    if threads and 0 < page <= found.st_size:
+        known = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        with _LOCK:
+            data = _HELD.get(known)
+            if data is None and found.st_size <= _free() // 2:
+                data = _held(file, found.st_size, page, threads, progress)
+            if data is not None:
+                _HELD[known] = data
+                return data
     return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
-def held(file: BinaryIO, threads: int, progress: Progress = silent) -> np.ndarray:
-    """The bytes of a file, read by so many threads into large pages; read-only. Raises `OSError`.
-
-    Mapped where the system has no large pages, the file would not fill one, or it would take more than half of the
-    memory that is free. Who asks for a file that is still in use gets the same bytes.
-    """
-    found = os.fstat(file.fileno())
-    with _LOCK:
-        known = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-        data = _HELD.get(known)
-        if data is None:
-            data = _HELD[known] = _read_or_mapped(file, found.st_size, threads, progress)
-        return data
-
-
-def _read_or_mapped(file: BinaryIO, size: int, threads: int, progress: Progress) -> np.ndarray:
-    page = _large_page()
-    if not 0 < page <= size <= _free() // 2:
-        return mapped(file)
+def _held(file: BinaryIO, size: int, page: int, threads: int, progress: Progress) -> np.ndarray | None:
+    """The bytes of a file in large pages; None if the system gives none."""
     try:
         pages = mmap.mmap(-1, (size // page + 2) * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages.madvise(mmap.MADV_HUGEPAGE)
     except OSError:
-        return mapped(file)
+        return None
     whole = np.frombuffer(pages, np.uint8)
     data = whole[-whole.ctypes.data % page :][:size]
     with ThreadPoolExecutor(threads) as pool:

@@ -206,7 +206,7 @@ def is_packed(path: Path) -> bool:
 def open_packed(path: Path, threads: int = 0, progress: Progress = silent) -> Packed:
     """Opens a packed model. Raises `CheckpointError` if it is damaged or of another version.
 
-    threads: how many read it into memory, if it is to run from there (see `memory.held`); 0: it is mapped.
+    threads: how many read it into memory, if it is to run from there (see `memory.contents`); 0: it is mapped.
     """
     remedy = f"pack it again (or delete {path})"
     try:
@@ -225,7 +225,7 @@ def open_packed(path: Path, threads: int = 0, progress: Progress = silent) -> Pa
             last = list(contents)[-1]
             if os.fstat(file.fileno()).st_size < offsets[last] + contents[last].nbytes + 1:
                 raise CheckpointError(f"{path}: {WEIGHTS} is truncated; {remedy}")
-            data = memory.held(file, threads, progress) if threads else memory.mapped(file)
+            data = memory.contents(file, threads, progress)
         views = {
             name: np.frombuffer(data.data, a.dtype, math.prod(a.shape), offsets[name]).reshape(a.shape)
             for name, a in contents.items()

@@ -37,7 +37,7 @@ def test_held(size: int, threads: int, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(memory, "_PIECE", 1_000_003)
     monkeypatch.setattr(os, "preadv", lambda file, into, at: read(file, [into[0][:70_001]], at))
     with (tmp_path / "file").open("rb") as file:
-        held = memory.held(file, threads)
+        held = memory.contents(file, threads)
     (tmp_path / "file").write_bytes(b"")  # it is no view of the file
     assert held.tobytes() == data
     assert held.ctypes.data % LARGE == 0
@@ -53,7 +53,7 @@ def test_what_has_no_room_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         data = written(tmp_path / "file", size)
         with monkeypatch.context() as patch, (tmp_path / "file").open("rb") as file:
             patch.setattr(memory, name, lambda value=value: value)
-            found = memory.held(file, 1)
+            found = memory.contents(file, 1)
         assert found.tobytes() == data
         assert not found.flags.writeable
 
@@ -64,7 +64,7 @@ def test_a_file_is_held_once_as_long_as_it_is_in_use(tmp_path: Path) -> None:
 
     def held() -> np.ndarray:
         with (tmp_path / "file").open("rb") as file:
-            return np.frombuffer(memory.held(file, 1).data, np.uint8)[7:]
+            return np.frombuffer(memory.contents(file, 1).data, np.uint8)[7:]
 
     first, second = held(), held()
     assert np.shares_memory(first, second)
@@ -87,7 +87,7 @@ def test_a_file_that_is_cut_off_meanwhile(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "preadv", cut)
     with (tmp_path / "file").open("rb") as file, pytest.raises(OSError, match="cut off"):
-        memory.held(file, 1)
+        memory.contents(file, 1)
 
 
 def test_progress_ends_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roomy: None) -> None:
@@ -96,7 +96,7 @@ def test_progress_ends_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(memory, "_LONG", 2 * LARGE)
     calls = list[tuple[int, int]]()
     with (tmp_path / "file").open("rb") as file:
-        memory.held(file, 2, lambda stage, done, total: calls.append((done, total)))
+        memory.contents(file, 2, lambda stage, done, total: calls.append((done, total)))
     assert calls == [(min(1_000_000 * i, 2 * LARGE + 5), 2 * LARGE + 5) for i in range(1, 6)]
 
 

@@ -252,7 +252,7 @@ def _text_digest(content: Mapping[str, Any]) -> str:
 def _arrays(path: Path, threads: int) -> dict[str, np.ndarray]:
     """Read-only views of a file of tensors. Raises `FileNotFoundError` and what says that it is damaged."""
     with path.open("rb") as file:
-        data = memory.held(file, threads) if threads else memory.mapped(file)
+        data = memory.contents(file, threads)
     found = {
         name: np.frombuffer(data.data, _TYPES[e.dtype], math.prod(e.shape), e.offset).reshape(e.shape)
         for name, e in tensorfile.read_header(path).items()
