@@ -64,8 +64,10 @@ def matrices(model: fewfire.Model) -> list[tuple[str, np.ndarray]]:
 def _probe(primitive: Primitive, counters: np.ndarray, met: list[tuple[str, np.ndarray]], part: int) -> Any:
     """Stands in for a primitive; a call counts for the part whose matrix its first argument lies in, or for `part`."""
     address, at = primitive.address, counters.ctypes.data
-    count, nowhere = max(len(met), 1), ((0, 0, part),)
-    first, last, parts = zip(*(_range(*each) for each in met) if met else nowhere, strict=True)
+    first, last, parts = zip(
+        (0, 0, part), *(_range(*each) for each in met), strict=True
+    )  # at least one: an empty range
+    count = len(parts)
 
     @numba.njit(**_OPTIONS)
     def forward(arguments):

@@ -48,6 +48,28 @@ VALUES, QUANTS, SCALES, SUMS, COLUMNS, LANES, SCRATCH = range(0, 56, 8)
 SOON = 2  # where a list is worked through in order, its rows are asked for so many entries ahead
 
 
+_BEGINNING = 1024  # bytes of a row, after which the hardware has found the stream
+
+
+@inline
+def ask_for_row(row, wanted):
+    """Prefetches so many bytes of a row, or the beginning of them."""
+    for line in range(row & -64, row + min(wanted, _BEGINNING), 64):
+        prefetch(line)
+
+
+@inline
+def begin_streams(matrix, stride, wanted, rows, count):
+    """Asks at once for the first rows of a list's quarters, up to those that are asked for while these are worked on.
+
+    Otherwise they would arrive line after line (perf/LOG.md, "where a stream begins").
+    """
+    quarter = (count + 3) // 4
+    for part in range(0, 4 * quarter, max(quarter, 1)):
+        for i in range(part, min(part + SOON, count)):
+            ask_for_row(matrix + stride * load_i32(rows + 4 * i), wanted)
+
+
 @inline
 def _ask_for(soon, start, stop):
     """Prefetches bytes start to stop of four rows."""
@@ -197,9 +219,12 @@ def _gather_dot(four, matrix, stride, rows, soon, wanted, count, begin, end, x, 
     """out[j] = row rows[j] . x for entries begin to end of each quarter of a list of `count` rows.
 
     A quarter has (count + 3) // 4 entries, the last ones fewer or none; what they lack is the list's last entry over
-    again. Of rows that `soon` lists at the same places, the first `wanted` bytes are asked for.
+    again. Of rows that `soon` lists at the same places, the first `wanted` bytes are asked for, and so are those of the
+    list's own first rows.
     """
     quarter, last = (count + 3) // 4, count - 1
+    if begin == 0:
+        begin_streams(matrix, stride, wanted, rows, count)
     for i in range(begin, end):
         j, k, m = min(quarter + i, last), min(2 * quarter + i, last), min(3 * quarter + i, last)
         later = _lines(_rows(matrix, stride, soon, i, j, k, m))

@@ -18,7 +18,7 @@ from numba import types
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import ZERO, inline, primitive, step
 from fewfire.kernels.gather import SOON
-from fewfire.kernels.layer import all_rows, begin_streams, pad, quantize, row_chunks
+from fewfire.kernels.layer import all_rows, pad, quantize, row_chunks
 from fewfire.kernels.pointwise import exp
 from fewfire.kernels.simd import (
     add,
@@ -57,7 +57,6 @@ def _screen_part(model, start, stop, reduced, logits):
     largest, total, count = np.float32(-np.inf), np.float32(0.0), stop - start
     if count > 0:
         rows, stride = model.every + 4 * start, model.screen_stride
-        begin_streams(model.screen, stride, stride, rows, count)
         listed = (rows, rows + 4 * SOON, stride, count, 0, (count + 3) // 4)
         call(model.gather_dot, (model.screen, stride, *listed, reduced, logits + 4 * start))
         whole, best, sums = start + count // 8 * 8, splat_f32(largest), splat_f32(total)
@@ -94,7 +93,6 @@ def _exact(model, ids, count, x, values, logits):
     """The exact logits of the listed tokens."""
     pad(ids, count)
     stride = model.table_stride
-    begin_streams(model.head, stride, stride, ids, count)
     listed = (ids, ids + 4 * SOON, stride, count, 0, (count + 3) // 4)
     call(model.table_dot, (model.head, stride, *listed, x, values))
     for i in range(0, 4 * count, 4):

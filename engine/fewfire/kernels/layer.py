@@ -12,7 +12,7 @@ import numpy as np
 from fewfire.kernels.attention import EVERYTHING, RANGE
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import inline, step
-from fewfire.kernels.gather import SOON, VALUES
+from fewfire.kernels.gather import SOON, VALUES, ask_for_row
 from fewfire.kernels.simd import (
     add,
     call,
@@ -21,7 +21,6 @@ from fewfire.kernels.simd import (
     load_i32,
     load_i64,
     mul,
-    prefetch,
     splat_f32,
     store_f32,
     store_f32x8,
@@ -84,9 +83,6 @@ LAYER = record(
 CACHE = record("keys values capacity kept")
 
 
-_BEGINNING = 1024  # bytes of a row, after which the hardware has found the stream
-
-
 @inline
 def pad(ids, size):
     """What kernels look ahead to behind a list: its last entry."""
@@ -95,29 +91,10 @@ def pad(ids, size):
 
 
 @inline
-def begin_streams(matrix, stride, wanted, ids, count):
-    """Asks at once for the first rows of a list that is worked on as four streams (see `gather.py`).
-
-    Otherwise they would arrive line after line (perf/LOG.md, "where a stream begins"). Of each quarter these are the
-    rows that are met before those which kernels ask for themselves; of a row `wanted` bytes, or the beginning of them.
-    """
-    quarter = (count + 3) // 4
-    for part in range(0, 4 * quarter, max(quarter, 1)):
-        for i in range(part, min(part + SOON, count)):
-            _ask_for(matrix + stride * load_i32(ids + 4 * i), wanted)
-
-
-@inline
 def begin_block(matrix, stride, wanted, ids, count):
-    """The same for a list that is worked on in order, block by block (see `axpy.py`)."""
+    """Asks at once for the first rows of a list that is worked on in order, block by block (see `axpy.py`)."""
     for i in range(min(count, BLOCK)):
-        _ask_for(matrix + stride * load_i32(ids + 4 * i), wanted)
-
-
-@inline
-def _ask_for(row, wanted):
-    for line in range(row & -64, row + min(wanted, _BEGINNING), 64):
-        prefetch(line)
+        ask_for_row(matrix + stride * load_i32(ids + 4 * i), wanted)
 
 
 @inline
@@ -136,8 +113,6 @@ def all_rows(model, team, dot, matrix, stride, count, chunk, chunks, x, out):
     start, stop = count * first // chunks, count * end // chunks
     quarter, rows = (stop - start + 3) // 4, model.every + 4 * start
     piece = quarter * (chunk - first) // (end - first), quarter * (chunk - first + 1) // (end - first)
-    if chunk == first:
-        begin_streams(matrix, stride, stride, rows, stop - start)
     call(dot, (matrix, stride, rows, rows + 4 * SOON, stride, stop - start, piece[0], piece[1], x, out + 4 * start))
 
 

@@ -9,8 +9,8 @@ from numba import types
 
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import inline, primitive
-from fewfire.kernels.gather import SOON
-from fewfire.kernels.layer import begin_block, begin_streams, multiply_by, pad
+from fewfire.kernels.gather import SOON, begin_streams
+from fewfire.kernels.layer import begin_block, multiply_by, pad
 from fewfire.kernels.select import NEURON_CHUNKS, add_listed, candidates, gates, keep_on
 from fewfire.kernels.simd import ask, call, load_f32, load_i32, splat_f32, store_f32, store_f32x8, store_i32, store_i64
 from fewfire.kernels.work import A_LAYER, THE_MODEL
@@ -60,10 +60,7 @@ def _scatter(model, weights, ids, gate, up, count, x, block, y, scratch):
     """y += the down rows of the listed neurons, each times its act(gate) * up."""
     stride, down = model.updown_stride, model.down
     rows, soon, fired, met = block, block + 4 * BLOCK, block + 8 * BLOCK, block + 12 * BLOCK
-    if _meets_up(model, weights):
-        begin_streams(weights.updown, stride, stride, ids, count)
-    else:
-        begin_streams(weights.updown + down, stride, stride - down, ids, count)
+    begin_streams(weights.updown + down, stride, stride - down, ids, count)
     for start in range(0, (count + 3) // 4, _STEP):
         if _meets_up(model, weights):
             end, later = min(start + _STEP, (count + 3) // 4), ids + 4 * _STEP
@@ -79,7 +76,6 @@ def scatter_kept(model, weights, kept, ids, gate, up, count, x, y, scratch):
     """The same of those neurons alone whose |act(gate) * up| is over their threshold; returns how many."""
     stride, down = model.updown_stride, model.down
     if _meets_up(model, weights):
-        begin_streams(weights.updown, stride, down, ids, count)
         call(model.gather_dot, (weights.updown, stride, ids, ids + 4 * SOON, down, count, 0, (count + 3) // 4, x, up))
         _fire(model, weights, ids, count, gate, up)
     left, later = ask(model.keep, (weights.down_least, 4, kept, ids, gate, count)), ids + 4 * BLOCK
@@ -99,7 +95,6 @@ def _begin_sum(model, weights, x, chunk, y):
         start, stop = model.hidden * chunk // NEURON_CHUNKS, model.hidden * (chunk + 1) // NEURON_CHUNKS
         rows, stride, count = model.every + 4 * start, model.table_stride, stop - start
         matrix = weights.bypass, stride, rows, rows + 4 * SOON, stride
-        begin_streams(weights.bypass, stride, stride, rows, count)
         call(model.table_dot, (*matrix, count, 0, (count + 3) // 4, x, y + 4 * start))
 
 

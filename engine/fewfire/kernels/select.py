@@ -13,7 +13,7 @@ from numba import types
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import ZERO, inline, primitive
 from fewfire.kernels.gather import SOON
-from fewfire.kernels.layer import all_rows, begin_streams, pad, quantize
+from fewfire.kernels.layer import all_rows, pad, quantize
 from fewfire.kernels.simd import ask, call, load_f32, load_i8, load_i32, store_f32, store_i8, store_i32
 from fewfire.kernels.team import REGIONS, advance, finish, take, wait
 from fewfire.kernels.work import A_LAYER, A_PHASE, THE_MODEL, THE_WORK
@@ -103,7 +103,6 @@ def predict(model, weights, work, chunk, kept, ids, groups, scores):
         pad(groups, size)
         rows, soon, stride, end = groups, groups + 4 * SOON, weights.predictor_stride, (size + 3) // 4
         z = work.hint if weights.basis != 0 else work.x
-        begin_streams(weights.predictor, stride, stride, groups, size)
         call(model.gather_dot, (weights.predictor, stride, rows, soon, stride, size, 0, end, z, scores))
         size = _members(model, weights, kept, groups, scores, size, ids)
     return size
@@ -122,7 +121,6 @@ def gates(model, weights, x, ids, size, gate):
     """act(gate) of the listed neurons, less their centres."""
     pad(ids, size)
     stride, end = model.gate_stride, (size + 3) // 4
-    begin_streams(weights.gate, stride, stride, ids, size)
     call(model.gather_dot, (weights.gate, stride, ids, ids + 4 * SOON, stride, size, 0, end, x, gate))
     add_listed(gate, weights.gate_bias, ids, size)
     call(model.activate, (model.activation, gate, size, weights.act_centre, weights.act_threshold, ids, size))
