@@ -64,9 +64,8 @@ def matrices(model: fewfire.Model) -> list[tuple[str, np.ndarray]]:
 def _probe(primitive: Primitive, counters: np.ndarray, met: list[tuple[str, np.ndarray]], part: int) -> Any:
     """Stands in for a primitive; a call counts for the part whose matrix its first argument lies in, or for `part`."""
     address, at = primitive.address, counters.ctypes.data
-    first, last, parts = zip(
-        (0, 0, part), *(_range(*each) for each in met), strict=True
-    )  # at least one: an empty range
+    nowhere = 0, 0, part  # so that there is a range for Numba to loop over
+    first, last, parts = zip(nowhere, *(_range(*each) for each in met), strict=True)
     count = len(parts)
 
     @numba.njit(**_OPTIONS)
