@@ -18,7 +18,9 @@ from fewfire import quantize
 from fewfire.buffers import Activation, axpy_scratch
 from fewfire.kernels import axpy, dense, gather, pointwise
 from fewfire.kernels import rows as single
+from fewfire.kernels.codes import dot_codes as dot_codes_kernel
 from fewfire.quantize import FORMATS, GROUP, Layout, dot_order, padded
+from fewfire.selectors import codes
 from perf.kernel_case import GUARD, ROUNDING, Case, Expectation, Output, Random
 from perf.kernel_steps import (
     CELLS,
@@ -166,6 +168,21 @@ def scaled_sum(m: Matrix, listed: np.ndarray, factors: np.ndarray, weights: str)
     return total
 
 
+def dot_codes(random: Random, *, rows: int, columns: int) -> Case:
+    """Sums of the integers of all rows of a coded matrix, which say nothing but integers, times those of a vector."""
+    matrix = random.integers(0, 256, (rows, codes.row_bytes(columns)), np.uint8)
+    raw = np.full(matrix.nbytes + GUARD, 0xFF, np.uint8)
+    raw[: matrix.nbytes] = matrix.reshape(-1)
+    x, out = random.integers(-127, 128, columns).astype(np.int8), Output((rows,))
+    values = codes.integers(matrix).astype(np.float64) @ x
+    arguments = (raw.ctypes.data, matrix.shape[1], rows, x.ctypes.data, out.address)
+
+    def run(_keep: object = (raw, x)) -> None:
+        dot_codes_kernel(*arguments)
+
+    return Case(run, (Expectation(out, values),), matrix.nbytes)
+
+
 def gather_axpy(
     weights: str,
     random: Random,
@@ -272,6 +289,7 @@ TABLE: dict[str, Callable[..., Case]] = {
     **{f"{f.__name__}_{w}": partial(f, w) for f in (dot_tokens, down_strip) for w in FORMATS},
     **{f"attend_{c}_{queries}": partial(attend, c, queries) for c in CELLS for queries in (1, 2, 3, 4)},
     **{f"remember_{c}": partial(remember, c) for c in CELLS},
+    "dot_codes": dot_codes,
     "merge": merge,
     "settle": settle,
     "fit_q4": fit_q4,

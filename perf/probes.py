@@ -57,7 +57,8 @@ def matrices(model: fewfire.Model) -> list[tuple[str, np.ndarray]]:
     if selection and selection.predictor:
         found += [("predictor", selection.predictor.rows), ("predictor", selection.predictor.basis)]
     if selection and selection.screen:
-        found += [("screen", selection.screen.rows), ("screen", selection.screen.basis)]
+        screen = selection.screen
+        found += [("screen", array) for array in (screen.codes, screen.basis, screen.centre)]
     return [(name, array) for name, array in found if array is not None]
 
 

@@ -73,7 +73,7 @@ def calibrate(
       router     groups of neurons that a router chooses (LTE)
       magnitude  large inputs of all projections (TEAL)
       qkv, o     large inputs of these projections alone
-      screen     exact logits of tokens that are probable in a low-rank head
+      screen     exact logits of tokens that are probable in a head of few bits
       reuse-8    what 8 tokens in a row have read stays read (ReLU Strikes Back)
     ReLU models leave out what is exactly zero without a calibration.
 

@@ -155,10 +155,14 @@ class Workspace(Buffers):
         self.exact = np.zeros(HEAD_CHUNKS, np.int64)
         self.point("exact", self.exact)
         if selection and selection.screen:
-            reduced = Activation(selection.screen.rank)
-            self.activation("reduced", reduced)
-            self.point("screened", reduced.values)
-            self.floats(largest=(HEAD_CHUNKS,), totals=(HEAD_CHUNKS,), values=(threads, LIST))
+            self.point("reduced", aligned((selection.screen.rank,), np.int8))
+            self.floats(
+                screened=(selection.screen.rank,),
+                affine=(3,),
+                largest=(HEAD_CHUNKS,),
+                totals=(HEAD_CHUNKS,),
+                values=(threads, LIST),
+            )
             self.point("candidates", aligned((threads, LIST), np.int32))
         self.projected = np.zeros((c.num_hidden_layers, 3, COLUMN_CHUNKS), np.int64)
         self.point("projected", self.projected)

@@ -283,10 +283,11 @@ def _model(packed: Packed, primitives: Mapping[str, Primitive], cell: int, scree
         kinds = [rope.inverse_frequencies(c.head_dim) for rope in (c.rope, c.rope_local or c.rope)]
         model.point("frequencies", np.stack(kinds))
     if screen:
-        for name, array in (("screen", screen.rows), ("screen_basis", screen.basis), ("screen_bias", screen.bias)):
-            model.point(name, array)
-        model.number(screen_rank=screen.rank, screen_stride=screen.rows.strides[0])
+        model.point("screen", screen.codes)
+        for name in ("scales", "basis", "centre", "bias"):
+            model.point(f"screen_{name}", getattr(screen, name))
+        model.number(screen_rank=screen.rank, screen_stride=screen.codes.strides[0])
         model.record["screen_margin"] = screen.margin
-    longest = max(a.shape[1] for a in arrays.values() if a.ndim == 3)
+    longest = max(*(a.shape[1] for a in arrays.values() if a.ndim == 3), screen.rank if screen else 0)
     model.point("every", np.arange(longest + max(SOON, ROWS), dtype=np.int32))
     return model

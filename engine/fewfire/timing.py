@@ -13,7 +13,7 @@ from fewfire.selectors.selection import Selection
 if TYPE_CHECKING:
     from fewfire.model import Model
 
-_ROUNDS = 12
+_ROUNDS = 24
 _TOKENS = 24  # of a turn, fewer where a turn would take more than so many seconds
 _TURN = 0.5
 

@@ -33,7 +33,7 @@ class Traffic:
         else:
             self._exact = head.shape[1]
             self._always += (
-                len(head) * (int(model["screen_stride"]) + _NUMBER) + int(model["screen_rank"]) * self._exact
+                len(head) * (int(model["screen_stride"]) + 2 * _NUMBER) + (int(model["screen_rank"]) + 1) * self._exact
             )
 
     def of(self, work: Workspace) -> int:

@@ -30,8 +30,12 @@ from fewfire.kernels.simd import (
     mul,
     prefetch,
     splat_f32,
-    store_f32,
-    sum_lanes,
+    store_lane_0,
+    store_lane_1,
+    store_lane_2,
+    store_lane_3,
+    sum_halves,
+    sum_quarters,
     to_f32,
     zeros_i32,
 )
@@ -48,6 +52,7 @@ VALUES, QUANTS, SCALES, SUMS, COLUMNS, LANES, SCRATCH = range(0, 56, 8)
 SOON = 2  # where a list is worked through in order, its rows are asked for so many entries ahead
 
 
+_FLOATS, _INTEGERS = 32, 256  # columns that are worked on between two questions for later rows
 _BEGINNING = 1024  # bytes of a row, after which the hardware has found the stream
 
 
@@ -82,11 +87,15 @@ def _ask_for(soon, start, stop):
 
 
 @inline
-def _four_float(load, size, rows, soon, wanted, x):
-    p, q, r, s = rows
+def asking(block, columns, wanted):
+    """How many bytes of a row are wanted soon, and the share of them that is asked for with each block of columns."""
+    return wanted, (block * wanted // columns + 63) // 64 * 64
+
+
+@inline
+def _four_float(load, size, rows, soon, ask, columns, x):
+    (p, q, r, s), (wanted, share), values = rows, ask, load_i64(x + VALUES)
     a, b, c, d = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
-    values, columns = load_i64(x + VALUES), load_i64(x + COLUMNS)
-    share = (wanted * 32 // columns + 63) // 64 * 64
     for start in range(0, columns, 32):
         asked = share * (start // 32)
         _ask_for(soon, asked, min(wanted, asked + share))
@@ -98,13 +107,13 @@ def _four_float(load, size, rows, soon, wanted, x):
 
 
 @inline
-def _four_f32(rows, soon, wanted, x):
-    return _four_float(load_f32x8, 4, rows, soon, wanted, x)
+def _four_f32(rows, soon, ask, columns, x):
+    return _four_float(load_f32x8, 4, rows, soon, ask, columns, x)
 
 
 @inline
-def _four_bf16(rows, soon, wanted, x):
-    return _four_float(load_bf16x8, 2, rows, soon, wanted, x)
+def _four_bf16(rows, soon, ask, columns, x):
+    return _four_float(load_bf16x8, 2, rows, soon, ask, columns, x)
 
 
 @inline
@@ -156,11 +165,10 @@ def _block_q4(groups, load_parameter, rows, at, quants, scale, minimum, x_scale,
 
 
 @inline
-def _four_q8(rows, soon, wanted, x):
-    columns, quants, x_scale = load_i64(x + COLUMNS), load_i64(x + QUANTS), load_i64(x + SCALES)
+def _four_q8(rows, soon, ask, columns, x):
+    (wanted, share), quants, x_scale = ask, load_i64(x + QUANTS), load_i64(x + SCALES)
     groups, at, scale = columns // 32, ZERO, columns
     totals = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
-    share = (8 * wanted // groups + 63) // 64 * 64  # with every eight groups, an equal share of what is wanted soon
     for asked in range(0, share * (groups // 8), share):
         _ask_for(soon, asked, min(wanted, asked + share))
         totals = _block_q8(8, load_f16x8, rows, at, quants, scale, x_scale, totals)
@@ -175,12 +183,11 @@ def _four_q8(rows, soon, wanted, x):
 
 
 @inline
-def _four_q4(rows, soon, wanted, x):
-    columns, quants, x_scale = load_i64(x + COLUMNS), load_i64(x + QUANTS), load_i64(x + SCALES)
+def _four_q4(rows, soon, ask, columns, x):
+    (wanted, share), quants, x_scale = ask, load_i64(x + QUANTS), load_i64(x + SCALES)
     groups, at, scale, sums = columns // 32, ZERO, columns // 2, load_i64(x + SUMS)
     minimum = scale + 2 * groups
     totals = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
-    share = (8 * wanted // groups + 63) // 64 * 64  # with every eight groups, an equal share of what is wanted soon
     for asked in range(0, share * (groups // 8), share):
         _ask_for(soon, asked, min(wanted, asked + share))
         totals = _block_q4(8, load_f16x8, rows, at, quants, scale, minimum, x_scale, sums, totals)
@@ -215,41 +222,43 @@ def _lines(rows):
 
 
 @inline
-def _gather_dot(four, matrix, stride, rows, soon, wanted, count, begin, end, x, out):
+def _gather_dot(four, block, matrix, stride, rows, soon, wanted, count, begin, end, x, out):
     """out[j] = row rows[j] . x for entries begin to end of each quarter of a list of `count` rows.
 
     A quarter has (count + 3) // 4 entries, the last ones fewer or none; what they lack is the list's last entry over
     again. Of rows that `soon` lists at the same places, the first `wanted` bytes are asked for, and so are those of the
     list's own first rows.
     """
-    quarter, last = (count + 3) // 4, count - 1
+    quarter, last, columns = (count + 3) // 4, count - 1, load_i64(x + COLUMNS)
+    ask = asking(block, columns, wanted + 63)
     if begin == 0:
         begin_streams(matrix, stride, wanted, rows, count)
     for i in range(begin, end):
         j, k, m = min(quarter + i, last), min(2 * quarter + i, last), min(3 * quarter + i, last)
         later = _lines(_rows(matrix, stride, soon, i, j, k, m))
-        a, b, c, d = four(_rows(matrix, stride, rows, i, j, k, m), later, wanted + 63, x)
-        store_f32(out + 4 * i, sum_lanes(a))
-        store_f32(out + 4 * j, sum_lanes(b))
-        store_f32(out + 4 * k, sum_lanes(c))
-        store_f32(out + 4 * m, sum_lanes(d))
+        a, b, c, d = four(_rows(matrix, stride, rows, i, j, k, m), later, ask, columns, x)
+        sums = sum_quarters(sum_halves(a, b), sum_halves(c, d))
+        store_lane_0(out + 4 * i, sums)
+        store_lane_1(out + 4 * j, sums)
+        store_lane_2(out + 4 * k, sums)
+        store_lane_3(out + 4 * m, sums)
 
 
 @primitive(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I)
 def gather_dot_f32(matrix, stride, rows, soon, wanted, count, begin, end, x, out):
-    _gather_dot(_four_f32, matrix, stride, rows, soon, wanted, count, begin, end, x, out)
+    _gather_dot(_four_f32, _FLOATS, matrix, stride, rows, soon, wanted, count, begin, end, x, out)
 
 
 @primitive(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I)
 def gather_dot_bf16(matrix, stride, rows, soon, wanted, count, begin, end, x, out):
-    _gather_dot(_four_bf16, matrix, stride, rows, soon, wanted, count, begin, end, x, out)
+    _gather_dot(_four_bf16, _FLOATS, matrix, stride, rows, soon, wanted, count, begin, end, x, out)
 
 
 @primitive(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I)
 def gather_dot_q8(matrix, stride, rows, soon, wanted, count, begin, end, x, out):
-    _gather_dot(_four_q8, matrix, stride, rows, soon, wanted, count, begin, end, x, out)
+    _gather_dot(_four_q8, _INTEGERS, matrix, stride, rows, soon, wanted, count, begin, end, x, out)
 
 
 @primitive(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I)
 def gather_dot_q4(matrix, stride, rows, soon, wanted, count, begin, end, x, out):
-    _gather_dot(_four_q4, matrix, stride, rows, soon, wanted, count, begin, end, x, out)
+    _gather_dot(_four_q4, _INTEGERS, matrix, stride, rows, soon, wanted, count, begin, end, x, out)

@@ -1,6 +1,7 @@
 """The output head of one token: every logit, or a cheap screen of all and the exact logits of those that may matter.
 
-The screen has low rank: logits = rows (basis x) + bias, in a fraction of the head's bytes. Tokens to which these give a
+The screen is the head in two bits a weight: logits = rows (basis x) + bias + centre x, where the centre is the mean row
+of the head and the basis puts first what matters most (rows and basis x: `codes.py`). Tokens to which these give a
 probability of exp(-margin) or more are candidates: their rows of the head are read. The others keep the screened logit,
 so that there is always a whole distribution. How a screen is fitted, and what it costs, is not known here
 (`selectors/screen.py`).
@@ -16,23 +17,28 @@ import numpy as np
 from numba import types
 
 from fewfire.kernels.axpy import BLOCK
-from fewfire.kernels.compile import ZERO, inline, primitive, step
-from fewfire.kernels.gather import SOON
-from fewfire.kernels.layer import all_rows, pad, quantize, row_chunks
+from fewfire.kernels.compile import inline, primitive, step
+from fewfire.kernels.gather import SOON, ask_for_row
+from fewfire.kernels.layer import all_rows, pad, row_chunks
 from fewfire.kernels.pointwise import exp
 from fewfire.kernels.simd import (
+    absolute,
     add,
     call,
+    fma,
     load_f32,
     load_f32x8,
     load_i32,
     max_lane,
     maximum,
+    mul,
+    rint,
     splat_f32,
     store_f32,
     store_f32x8,
     store_i32,
     store_i64,
+    store_rounded_i8x8,
     subtract,
     sum_lanes,
 )
@@ -52,21 +58,44 @@ def _part(model, chunk):
 
 
 @step
-def _screen_part(model, start, stop, reduced, logits):
+def _narrow(model, work):
+    """Basis x as integers, and in `affine` centre x, the integers' scale, and what their products with rows are above
+    those with the rows' levels: 7.5 times their sum, and 1.5 times from column 64 on."""
+    size = 4 * model.screen_rank
+    largest, total = splat_f32(0.0), splat_f32(0.0)
+    for i in range(0, size, 32):
+        largest = maximum(absolute(load_f32x8(work.screened + i)), largest)
+    unit = max(max_lane(largest) / np.float32(127.0), np.float32(1e-30))
+    inverse = splat_f32(np.float32(1.0) / unit)
+    for i in range(0, size, 32):
+        value = rint(mul(load_f32x8(work.screened + i), inverse))
+        store_rounded_i8x8(work.reduced + i // 4, value)
+        total = fma(value, splat_f32(7.5 if i < 256 else 1.5), total)
+    stride = model.table_stride
+    call(model.table_dot, (model.screen_centre, stride, model.every, model.every, 0, 1, 0, 1, work.x, work.affine))
+    store_f32(work.affine + 4, unit)
+    store_f32(work.affine + 8, sum_lanes(total))
+
+
+@step
+def _screen_part(model, start, stop, work, logits):
     """The screened logits of tokens start to stop; returns the largest, and the sum of exp(logit - largest)."""
+    shift, unit, above = load_f32(work.affine), load_f32(work.affine + 4), load_f32(work.affine + 8)
     largest, total, count = np.float32(-np.inf), np.float32(0.0), stop - start
     if count > 0:
-        rows, stride = model.every + 4 * start, model.screen_stride
-        listed = (rows, rows + 4 * SOON, stride, count, 0, (count + 3) // 4)
-        call(model.gather_dot, (model.screen, stride, *listed, reduced, logits + 4 * start))
+        codes = model.screen + model.screen_stride * start
+        call(model.dot_codes, (codes, model.screen_stride, count, work.reduced, logits + 4 * start))
         whole, best, sums = start + count // 8 * 8, splat_f32(largest), splat_f32(total)
         for i in range(4 * start, 4 * whole, 32):
-            values = add(load_f32x8(logits + i), load_f32x8(model.screen_bias + i))
+            level = mul(subtract(load_f32x8(logits + i), splat_f32(above)), splat_f32(unit))
+            bias = add(load_f32x8(model.screen_bias + i), splat_f32(shift))
+            values = fma(level, load_f32x8(model.screen_scales + i), bias)
             store_f32x8(logits + i, values)
             best = maximum(values, best)
         largest = max_lane(best)
         for i in range(4 * whole, 4 * stop, 4):
-            value = load_f32(logits + i) + load_f32(model.screen_bias + i)
+            level = (load_f32(logits + i) - above) * unit
+            value = level * load_f32(model.screen_scales + i) + (load_f32(model.screen_bias + i) + shift)
             store_f32(logits + i, value)
             largest = max(value, largest)
         for i in range(4 * start, 4 * whole, 32):
@@ -106,8 +135,10 @@ def _exact_part(model, start, stop, least, x, ids, values, logits):
     for first in range(start, stop, 8):
         if first + 8 > stop or max_lane(load_f32x8(logits + 4 * first)) >= least:  # of most eights none is
             for token in range(first, min(first + 8, stop)):
-                store_i32(ids + 4 * listed, token)
-                listed += load_f32(logits + 4 * token) >= least
+                if load_f32(logits + 4 * token) >= least:
+                    store_i32(ids + 4 * listed, token)
+                    ask_for_row(model.head + model.table_stride * token, model.table_stride)
+                    listed += 1
         if listed > _LISTED - 8 or (first + 8 >= stop and listed > 0):
             _exact(model, ids, listed, x, values, logits)
             found, listed = found + listed, 0
@@ -140,7 +171,7 @@ def screened_logits(model, team, phase, thread, work, logits):
         matrix, size = (model.screen_basis, model.table_stride), model.screen_rank
         all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, work.x, work.screened)
         if finish(team, chunks):
-            quantize(model.quantize, work.reduced, ZERO)
+            _narrow(model, work)
             advance(team, phase)
     phase = wait(team, phase)
 
@@ -149,7 +180,7 @@ def screened_logits(model, team, phase, thread, work, logits):
         if chunk < 0:
             break
         start, stop = _part(model, chunk)
-        largest, total = _screen_part(model, start, stop, work.reduced, logits)
+        largest, total = _screen_part(model, start, stop, work, logits)
         store_f32(work.largest + 4 * chunk, largest)
         store_f32(work.totals + 4 * chunk, total)
         if finish(team, HEAD_CHUNKS):

@@ -43,7 +43,7 @@ _PRIMITIVES = """
     gather_dot gather_axpy dot_tokens down_strip table_dot table_tokens table_row
     attend attend_rest merge settle remember rms_norm layer_norm quantize table_quantize rotate activate
 """
-_STEPS = "keep scatter_kept find_top predict reduce column_chunk join_chunks all_gates screened_logits leave_out "
+_STEPS = "keep scatter_kept find_top predict reduce column_chunk join_chunks all_gates leave_out "
 # `width` is the hidden size padded to 64, `head_width` head_dim padded to 8, `cell` the bytes of one cached head.
 _SHAPE = """
     layers hidden width heads kv_heads head_dim head_width cell neurons vocab activation act_on_up gated norm_relu
@@ -51,14 +51,16 @@ _SHAPE = """
 # Rows are `stride` bytes apart; a neuron's down row begins `down` bytes into its row of `updown`. `every` is the list
 # of all rows of any matrix, and some more for kernels to look ahead to; `frequencies` float32 (2, head_dim / 2):
 # radians per position of global and local layers; `table_integer` the bytes of one quant of a vector that meets the
-# tables' rows; `qkv_column` and so on the bytes of a column of a projection (see `columns.py`). `screen` is the head at
-# low rank (see `head.py`), 0 if there is none.
+# tables' rows; `qkv_column` and so on the bytes of a column of a projection (see `columns.py`). Those of a
+# screened head (see `head.py`) are 0 if there is none.
 _TABLES = """
     embed positions head table_stride qkv_stride o_stride gate_stride updown_stride down
     final_norm final_norm_bias frequencies rope_half every table_integer qkv_column o_column ffn_column
-    screen screen_stride screen_basis screen_bias screen_rank
 """
-MODEL = record(_PRIMITIVES + _STEPS + _SHAPE + _TABLES, "eps attention_scale embedding_scale screen_margin")
+_SCREEN = """
+    screened_logits dot_codes screen screen_stride screen_scales screen_basis screen_centre screen_bias screen_rank
+"""
+MODEL = record(_PRIMITIVES + _STEPS + _SHAPE + _TABLES + _SCREEN, "eps attention_scale embedding_scale screen_margin")
 
 # One layer: `act_threshold` are the neurons' thresholds of the activation function, `act_centre` their centres (see
 # `pointwise.activate`), `bypass` (hidden,) rows, in the tables' format, whose products with the FFN's input are added

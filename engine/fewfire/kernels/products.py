@@ -127,6 +127,18 @@ def high_nibbles(builder, packed):
     return builder.lshr(packed, constant(I8, 32, 4))
 
 
+@instruction(i8x32, i8x32)
+def low_pairs(builder, packed):
+    """The lowest two bits of each byte."""
+    return builder.and_(packed, constant(I8, 32, 3))
+
+
+@instruction(i8x32, i8x32)
+def without_low_pairs(builder, packed):
+    """The other six, two places lower."""
+    return builder.lshr(packed, constant(I8, 32, 2))
+
+
 @instruction(f32x8, types.intp)
 def load_low_nibbles_as_f32(builder, address):
     """The low halves of 8 bytes."""

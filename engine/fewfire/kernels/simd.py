@@ -428,3 +428,39 @@ def sum_lanes(builder, value):
         high = select_lanes(builder, value, list(range(half, 2 * half)))
         value = builder.fadd(low, high)
     return builder.extract_element(value, ir.Constant(I32, 0))
+
+
+def _add_lanes(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, low: list[int], high: list[int]) -> ir.Value:
+    """Lanes `low` of two registers next to each other, and lanes `high` of them."""
+    masks = (ir.Constant(ir.VectorType(I32, len(lanes)), lanes) for lanes in (low, high))
+    return builder.fadd(*(builder.shuffle_vector(a, b, mask) for mask in masks))
+
+
+@instruction(i32x8, i32x8, i32x8)
+def add_i32(builder, a, b):
+    return builder.add(a, b)
+
+
+@instruction(f32x8, f32x8, f32x8)
+def sum_halves(builder, a, b):
+    """Sums of the halves of a, and of those of b: where `sum_lanes` begins."""
+    return _add_lanes(builder, a, b, [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])
+
+
+@instruction(f32x8, f32x8, f32x8)
+def sum_quarters(builder, ab, cd):
+    """Out of `sum_halves` the sums of all lanes of a, b, c and d: lanes 0 to 3."""
+    pairs = _add_lanes(builder, ab, cd, [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15])
+    return _add_lanes(builder, pairs, pairs, [0, 4, 2, 6, 0, 4, 2, 6], [1, 5, 3, 7, 1, 5, 3, 7])
+
+
+def _lane_store(lane: int) -> Any:
+    @instruction(types.void, types.intp, f32x8)
+    def store_lane(builder, address, value):
+        one = builder.extract_element(value, ir.Constant(I32, lane))
+        builder.store(one, builder.inttoptr(address, F32.as_pointer()))
+
+    return store_lane
+
+
+store_lane_0, store_lane_1, store_lane_2, store_lane_3 = (_lane_store(lane) for lane in range(4))

@@ -200,5 +200,4 @@ def _added(packed: Packed, kind: str, fits: Sequence[Fit]) -> float:
     if field == "top":
         return 0
     filled = KINDS[kind].fill(packed, fits, [float(fit["densities"][0]) for fit in fits])
-    arrays = [filled.rows, filled.basis, filled.bias] + ([filled.members] if field == "predictor" else [])
-    return sum(array.nbytes for array in arrays if array is not None) / len(fits)
+    return sum(array.nbytes for array in vars(filled).values() if isinstance(array, np.ndarray)) / len(fits)

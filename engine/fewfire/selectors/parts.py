@@ -11,6 +11,7 @@ import numpy as np
 
 from fewfire.packed import Packed
 from fewfire.quantize import padded, row_bytes
+from fewfire.selectors import codes
 from fewfire.selectors.selection import COLUMNS, Columns, Predictor, Screen, Selection, column_shape
 
 _PARTS: dict[str, type] = {"predictor": Predictor, "qkv": Columns, "o": Columns, "ffn": Columns, "screen": Screen}
@@ -107,10 +108,14 @@ def _expected(
         found[f"{name}.thresholds"] = (np.float32, (layers, column_shape(c, name)[0]))
     if "screen" in parts:
         rank, margin = numbers["screen.rank"], numbers["screen.margin"]
-        if type(rank) is not int or not isinstance(margin, float) or math.isnan(margin):
+        if type(rank) is not int or rank != codes.most_columns(rank):
             raise ValueError("screen")
-        found["screen.rows"] = (np.uint8, (c.vocab_size, 0))
+        if not isinstance(margin, float) or math.isnan(margin):
+            raise ValueError("screen")
+        found["screen.codes"] = (np.uint8, (c.vocab_size, codes.row_bytes(rank)))
+        found["screen.scales"] = (np.float32, (c.vocab_size,))
         found["screen.basis"] = (np.uint8, (rank, 0))
+        found["screen.centre"] = (np.uint8, (1, 0))
         found["screen.bias"] = (np.float32, (c.vocab_size,))
     for name, (weights, columns) in _formats(packed, numbers, arrays).items():
         dtype, shape = found[name]
@@ -127,8 +132,8 @@ def _formats(
     found = {
         "predictor.rows": (of.rows, c.hidden_size if basis is None else basis.shape[1]),
         "predictor.basis": (of.rows, c.hidden_size),
-        "screen.rows": (of.rows, numbers.get("screen.rank", 0)),
         "screen.basis": (of.table, c.hidden_size),
+        "screen.centre": (of.table, c.hidden_size),
         **{f"{part}.columns": (of.down, column_shape(c, part)[1]) for part in COLUMNS},
     }
     return {name: form for name, form in found.items() if name in arrays}

@@ -1,9 +1,13 @@
-"""Fitting a screen for the output head: the head at low rank, and what it costs to trust it by how far.
+"""Fitting a screen for the output head: the head in few bits, and what it costs to trust it by how far.
 
-With C the covariance of the final hidden states x of sample text and m their mean, the screen is the matrix S of a
-given rank with the least mean of |(W - S)(x - m)|² (reduced-rank regression in closed form, Izenman 1975): with any A
-for which C = A Aᵀ, S = W A Q Qᵀ A⁻¹, where Q are the leading eigenvectors of Aᵀ Wᵀ W A. Its factors are W A Q and
-Qᵀ A⁻¹, so that what lies between them has variance 1 and rounds well.
+A screen is a transform code (Huang and Schultheiss 1963). With W the head without its mean row (which adds the same to
+all logits, and would be most of what has to be coded), C the covariance of the final hidden states x of sample text and
+m their mean: for any A with C = A Aᵀ, and Q the eigenvectors of Aᵀ Wᵀ W A, W = (W A Q) (Qᵀ A⁻¹). What lies between the
+factors, Qᵀ A⁻¹ (x - m), has uncorrelated elements of variance 1, so that rounding rows of W A Q does to the logits, in
+the mean, exactly what it does to the rows. Their columns fall off steeply: the first get four bits and the others two
+(`codes.py`), each scaled to what its levels are best for. Where rows cannot have as many columns as the hidden size,
+the last few are left out, which is the best matrix S of that rank (reduced-rank regression, Izenman 1975). See
+perf/LOG.md, "a head in two bits".
 
 A token's bias is what S lacks at the mean, (w - s) m, and half the variance of what it lacks around it, because
 E exp(s x + e) = exp(s x + var(e) / 2) for a normal e: without that, all the tokens that are not made exact would
@@ -13,6 +17,7 @@ together get too little probability. Works through the head block by block; know
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy import linalg, special
@@ -21,7 +26,7 @@ from fewfire import quantize
 from fewfire.observe import Observation, head_rows
 from fewfire.pack import fit_q4
 from fewfire.packed import Packed
-from fewfire.quantize import GROUP
+from fewfire.selectors import codes
 from fewfire.selectors.fits import Fit
 from fewfire.selectors.selection import Screen
 
@@ -34,8 +39,8 @@ _CONFIDENCE = 0.95
 
 
 def usual_rank(hidden: int) -> int:
-    """The rank of a screen for a hidden size; see perf/LOG.md, "the rank of a head's screen"."""
-    return min(hidden, 64 * max(1, round(hidden / 144)))
+    """The rank of a screen for a hidden size: four fifths of it; see perf/LOG.md, "a head in two bits"."""
+    return codes.most_columns(hidden * 4 // 5)
 
 
 def fit(packed: Packed, observation: Observation, rank: int | None = None) -> Fit:
@@ -52,10 +57,11 @@ def fit(packed: Packed, observation: Observation, rank: int | None = None) -> Fi
     used, held_out = states[:-held], states[-held:][:: -(-held // _STATES)]
     mean = used.mean(axis=0, dtype=np.float64).astype(np.float32)
     covariance = _covariance(used - mean)
-    rows, basis = _regress(packed, covariance, rank)
-    bias = np.concatenate([_bias(lacking, mean, covariance) for lacking in _lacking(packed, rows, basis, rank)])
-    cost = _cost(packed, Screen(rows, basis, rank, bias, np.inf), held_out)
-    return {**cost, "rows": rows, "basis": basis, "bias": bias, "rank": np.array(rank)}
+    screen = _code(packed, covariance, rank)
+    bias = np.concatenate([_bias(lacking, mean, covariance) for lacking in _lacking(packed, screen)])
+    screen = replace(screen, bias=bias)
+    arrays = {name: getattr(screen, name) for name in ("codes", "scales", "basis", "centre", "bias")}
+    return {**_cost(packed, screen, held_out), **arrays, "rank": np.array(rank)}
 
 
 def fill(packed: Packed, fits: Sequence[Fit], densities: Sequence[float]) -> Screen:
@@ -73,7 +79,8 @@ def fill(packed: Packed, fits: Sequence[Fit], densities: Sequence[float]) -> Scr
         if density == 1 or density > measured[kept - 1]
         else np.interp(density, measured[:kept], found["margins"][:kept])
     )
-    return Screen(found["rows"], found["basis"], int(found["rank"]), found["bias"], float(margin))
+    arrays = {name: found[name] for name in ("codes", "scales", "basis", "centre", "bias")}
+    return Screen(**arrays, rank=int(found["rank"]), margin=float(margin))
 
 
 def _covariance(centred: np.ndarray) -> np.ndarray:
@@ -81,18 +88,24 @@ def _covariance(centred: np.ndarray) -> np.ndarray:
     return found + np.eye(len(found)) * max(_RIDGE * np.trace(found) / len(found), 1e-12)
 
 
-def _regress(packed: Packed, covariance: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The stored factors of S: rows `(vocab, bytes)` and basis `(rank, bytes)`."""
-    hidden, of = len(covariance), packed.formats
+def _code(packed: Packed, covariance: np.ndarray, rank: int) -> Screen:
+    """S, with biases of zero."""
+    hidden, table, vocab = len(covariance), packed.formats.table, packed.config.vocab_size
+    total = sum(rows.sum(axis=0, dtype=np.float64) for rows in _head(packed))
+    mean = np.asarray(total / vocab, np.float32)[None]
     root, gram = linalg.cholesky(covariance, lower=True), np.zeros((hidden, hidden))
     for rows in _head(packed):
-        gram += rows.T @ rows
-    leading = linalg.eigh(root.T @ gram @ root, subset_by_index=(hidden - rank, hidden - 1))[1][:, ::-1]
-    project = (root @ leading).astype(np.float32)
-    basis = linalg.solve_triangular(root, leading, trans=1, lower=True).T
-    stored = [quantize.encode(rows @ project, of.rows, "dot", fit_q4).view(np.uint8) for rows in _head(packed)]
-    encoded = quantize.encode(np.ascontiguousarray(basis, np.float32), of.table, "dot", fit_q4)
-    return np.concatenate(stored), encoded.view(np.uint8)
+        gram += (rows - mean).T @ (rows - mean)
+    variance, leading = linalg.eigh(root.T @ gram @ root, subset_by_index=(max(0, hidden - rank), hidden - 1))
+    # The columns of W A Q have these variances, but for a factor that they share.
+    factor = codes.spread(rank)[: len(variance)] / np.sqrt(np.maximum(variance[::-1], 1e-12 * variance[-1]))
+    project, basis = np.zeros((hidden, rank), np.float32), np.zeros((rank, hidden), np.float32)
+    project[:, : len(variance)] = root @ leading[:, ::-1] * factor
+    basis[: len(variance)] = linalg.solve_triangular(root, leading[:, ::-1] / factor, trans=1, lower=True).T
+    parts = [codes.encode((rows - mean) @ project) for rows in _head(packed)]
+    coded, scales = (np.concatenate(each) for each in zip(*parts, strict=True))
+    met, centre = (quantize.encode(matrix, table, "dot", fit_q4).view(np.uint8) for matrix in (basis, mean))
+    return Screen(coded, scales, met, centre, rank, np.zeros(vocab, np.float32), np.inf)
 
 
 def _head(packed: Packed) -> Iterator[np.ndarray]:
@@ -101,38 +114,44 @@ def _head(packed: Packed) -> Iterator[np.ndarray]:
         yield head_rows(packed, start, start + _BLOCK)
 
 
-def _lacking(packed: Packed, rows: np.ndarray, basis: np.ndarray, rank: int) -> Iterator[np.ndarray]:
-    """W - S as S is stored, some rows at a time."""
-    directions = quantize.decode(basis, packed.formats.table, "dot", packed.config.hidden_size)
+def _lacking(packed: Packed, screen: Screen) -> Iterator[np.ndarray]:
+    """The head without what is stored of it, some rows at a time."""
+    directions, centre = (_of_x(packed, stored) for stored in (screen.basis, screen.centre))
     for start, exact in zip(_starts(packed), _head(packed), strict=True):
-        part = quantize.decode(rows[start : start + _BLOCK], packed.formats.rows, "dot", rank)
-        yield exact - part @ directions
+        block = slice(start, start + _BLOCK)
+        yield exact - centre - codes.decode(screen.codes[block], screen.scales[block]) @ directions
+
+
+def _of_x(packed: Packed, stored: np.ndarray) -> np.ndarray:
+    """Rows that meet the final hidden state."""
+    return quantize.decode(stored, packed.formats.table, "dot", packed.config.hidden_size)
 
 
 def _bias(lacking: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
-    """What the mean of exp(logit) asks for, for rows of W - S `(n, hidden)`: `(n,)`."""
+    """What the mean of exp(logit) asks for, for rows `(n, hidden)` of what is lacking: `(n,)`."""
     return lacking @ mean + np.einsum("vh,vh->v", lacking @ covariance.astype(np.float32), lacking) / np.float32(2)
 
 
 def _cost(packed: Packed, screen: Screen, states: np.ndarray) -> Fit:
     """Densities, margins, errors and missed of a screen over final hidden states `(T, hidden)`."""
-    of, count, bins = packed.formats, len(states), len(MARGINS) + 1
-    reduced = _rounded(states @ quantize.decode(screen.basis, of.table, "dot", states.shape[1]).T, of.rows)
-    parts = [special.logsumexp(_screened(packed, screen, reduced, start), axis=1) for start in _starts(packed)]
+    count, bins = len(states), len(MARGINS) + 1
+    inner, shift = reduced(packed, screen, states)
+    blocks = [slice(start, start + _BLOCK) for start in _starts(packed)]
+    parts = [special.logsumexp(screened(screen, inner, shift, block), axis=1) for block in blocks]
     total = special.logsumexp(parts, axis=0).astype(np.float32)
     # For each state, by a token's screened -log p: tokens, and sums of exp(exact), exp(screened) and exp(exact)
     # (exact - screened). What makes probabilities of the screened logits is taken off both, which nothing depends on.
     sums = np.zeros((4, count * bins))
     best, depth = np.full(count, -np.inf, np.float32), np.zeros(count, np.float32)
-    for start in _starts(packed):
-        screened = _screened(packed, screen, reduced, start) - total[:, None]
-        exact = states @ head_rows(packed, start, start + _BLOCK).T - total[:, None]
+    for block in blocks:
+        cheap = screened(screen, inner, shift, block) - total[:, None]
+        exact = states @ head_rows(packed, block.start, block.stop).T - total[:, None]
         top = exact.argmax(axis=1)[:, None]
-        value, under = (np.take_along_axis(each, top, axis=1)[:, 0] for each in (exact, -screened))
+        value, under = (np.take_along_axis(each, top, axis=1)[:, 0] for each in (exact, -cheap))
         best, depth = np.maximum(best, value), np.where(value > best, under, depth)
-        place = np.searchsorted(MARGINS, -screened) + bins * np.arange(count)[:, None]
+        place = np.searchsorted(MARGINS, -cheap) + bins * np.arange(count)[:, None]
         likely = np.exp(np.minimum(exact, np.float32(80)))
-        for found, weights in zip(sums, (None, likely, np.exp(screened), likely * (exact - screened)), strict=True):
+        for found, weights in zip(sums, (None, likely, np.exp(cheap), likely * (exact - cheap)), strict=True):
             found += np.bincount(place.reshape(-1), None if weights is None else weights.reshape(-1), found.size)
     tokens, exact_sums, screened_sums, apart = sums.reshape(4, count, bins).cumsum(axis=2)
     whole = exact_sums[:, -1:]
@@ -153,21 +172,16 @@ def _starts(packed: Packed) -> range:
     return range(0, packed.config.vocab_size, _BLOCK)
 
 
-def _screened(packed: Packed, screen: Screen, reduced: np.ndarray, start: int) -> np.ndarray:
-    """Screened logits of a block of tokens, `(T, tokens)`."""
-    rows = quantize.decode(screen.rows[start : start + _BLOCK], packed.formats.rows, "dot", screen.rank)
-    return reduced @ rows.T + screen.bias[start : start + _BLOCK]
+def reduced(packed: Packed, screen: Screen, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What rows meet, in 8 bits as the kernels have it, `(T, rank)`, and what all logits are moved by, `(T, 1)`."""
+    exact = states @ _of_x(packed, screen.basis).T
+    unit = np.maximum(np.abs(exact).max(axis=1, keepdims=True) / np.float32(127), np.float32(1e-30))
+    return np.rint(exact / unit) * unit, states @ _of_x(packed, screen.centre).T
 
 
-def _rounded(x: np.ndarray, weights: str) -> np.ndarray:
-    """As a vector is before it meets q4 rows, which is the only rounding that shows."""
-    if weights != "q4":
-        return x
-    padded = np.zeros((len(x), quantize.padded(x.shape[1])), np.float32)
-    padded[:, : x.shape[1]] = x
-    groups = padded.reshape(len(x), -1, GROUP)
-    scale = np.maximum(np.abs(groups).max(axis=2, keepdims=True) / np.float32(127), np.float32(1e-30))
-    return np.ascontiguousarray((np.rint(groups / scale) * scale).reshape(padded.shape)[:, : x.shape[1]])
+def screened(screen: Screen, inner: np.ndarray, shift: np.ndarray, tokens: slice = slice(None)) -> np.ndarray:
+    """Screened logits `(T, tokens)` out of what `reduced` gives."""
+    return inner @ codes.decode(screen.codes[tokens], screen.scales[tokens]).T + screen.bias[tokens] + shift
 
 
 def _at_most(misses: np.ndarray, count: int) -> np.ndarray:

@@ -69,14 +69,16 @@ def column_shape(config: ModelConfig, part: str) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Screen:
-    """The output head at low rank: tokens to which it gives exp(-margin) or more get their exact logit.
+    """The output head in few bits: tokens to which it gives exp(-margin) or more get their exact logit.
 
-    The others keep the screened one: rows (basis x) + bias. `basis` meets the final hidden state, in the format of the
-    model's tables; `rows` are in the format of the model's rows.
+    The others keep the screened one: rows (basis x) + bias + centre x, where the rows are `codes` with their `scales`
+    (`codes.py`); `basis` and `centre`, in the format of the model's tables, meet the final hidden state.
     """
 
-    rows: np.ndarray  # (vocab, bytes of a row of `rank` columns) uint8
+    codes: np.ndarray  # (vocab, bytes of a row of `rank` columns) uint8
+    scales: np.ndarray  # (vocab,) float32
     basis: np.ndarray  # (rank, bytes of a row of `hidden` columns) uint8
+    centre: np.ndarray  # (1, bytes of a row of `hidden` columns) uint8
     rank: int
     bias: np.ndarray  # (vocab,) float32
     margin: float

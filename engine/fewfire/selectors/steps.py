@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fewfire.kernels import columns, head, neurons, select
+from fewfire.kernels import codes, columns, head, neurons, select
 from fewfire.kernels.compile import Primitive
 
 # By their fields in the model's record, with the fields of a layer's record that they are called for.
@@ -33,6 +33,7 @@ def steps(layers: np.ndarray, screened: bool, trained: bool) -> dict[str, Primit
     found = {name: primitive for name, (primitive, fields) in _OF_LAYERS.items() if used.intersection(fields)}
     if screened:
         found["screened_logits"] = head.screened_logits
+        found["dot_codes"] = codes.dot_codes
     if trained:
         found["leave_out"] = select.leave_out
     return found

@@ -32,7 +32,7 @@ from fewfire.packed import DESCRIPTION, WEIGHTS, Packed
 from fewfire.selectors.parts import flatten, misfit, unflatten
 from fewfire.selectors.selection import Selection
 
-VERSION = 3  # of the files, and of what the kernels make of them
+VERSION = 4  # of the files, and of what the kernels make of them
 NAME = "selectors.json"
 _TENSORS = "selectors-{}.safetensors"
 _TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}

@@ -24,7 +24,7 @@ PREDICTOR = SimpleNamespace(
     members=np.zeros((3, 96), np.int32),
 )
 ADDED = 10 * 20 + 4 * 10 + 4 * 5 + 4 * 96  # bytes that it has in a layer
-SCREEN = SimpleNamespace(rows=np.zeros((300, 2), np.uint8), bias=np.zeros(300, np.float32), basis=None)
+SCREEN = SimpleNamespace(codes=np.zeros((300, 2), np.uint8), bias=np.zeros(300, np.float32), rank=2, margin=1.5)
 
 
 @pytest.fixture(autouse=True)

@@ -51,7 +51,7 @@ def test_what_a_layer_asks_for(fields: dict[str, int], called: set[str]) -> None
 
 
 def test_what_a_model_asks_for() -> None:
-    assert set(steps(records(), screened=True, trained=False)) == {"screened_logits"}
+    assert set(steps(records(), screened=True, trained=False)) == {"screened_logits", "dot_codes"}
     assert set(steps(records(), screened=False, trained=True)) == {"leave_out"}
 
 

@@ -19,7 +19,7 @@ from fewfire import quantize
 from fewfire.errors import CheckpointError, FewfireError
 from fewfire.pack import pack
 from fewfire.packed import Packed, open_packed
-from fewfire.selectors import Columns, Predictor, Screen, Selection, store
+from fewfire.selectors import Columns, Predictor, Screen, Selection, codes, store
 from fewfire.selectors.store import About
 from fewfire.tensorfile import read_header
 
@@ -57,9 +57,9 @@ def everything(packed: Packed) -> Selection:
         rows(of.rows, 64, layers, 12), random.random((layers, 12), np.float32), members,
         rows(of.rows, hidden, layers, 64),
     )  # fmt: skip
-    screen = Screen(
-        rows(of.rows, 64, c.vocab_size), rows(of.table, hidden, 64), 64, np.zeros(c.vocab_size, np.float32), 2.5
-    )
+    coded = codes.encode(random.standard_normal((c.vocab_size, 64), np.float32))
+    of_x = rows(of.table, hidden, 64), rows(of.table, hidden, 1)
+    screen = Screen(*coded, *of_x, 64, np.zeros(c.vocab_size, np.float32), 2.5)
     return Selection(
         "everything", limits, limits[::-1].copy(), None, predictor,
         columns(hidden, c.head_dim * (c.num_attention_heads + 2 * c.num_key_value_heads)),
