@@ -64,11 +64,15 @@ class Calibration:
         self._said: dict[str, Dense] = {}
 
     def dense(self, name: str, cut: list[list[int]]) -> Dense:
-        """What the dense model says about windows."""
+        """What the model says about windows without a selection.
+
+        A ReLU's zeros are left out: where thresholds decide, sums in another order would decide a few of them
+        differently, and what comes of that is no damage (perf/LOG.md, "thresholds and the order of sums").
+        """
         if name not in self._said:
             found = self.notebook.arrays(name)
             if found is None:
-                self.model.engine.select(None, dense=True, progress=self.progress)
+                self.model.engine.select(None, progress=self.progress)
                 found = vars(damage.observe_dense(self.model, cut, self.progress))
                 self.notebook.keep(name, **found)
             self._said[name] = Dense(**found)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 
 import tiny
-from fewfire import calibration
+from fewfire import calibration, damage
 from fewfire.calibration import Calibration
 from fewfire.model import Model
 from fewfire.observe import Observation
-from fewfire.packed import Packed
+from fewfire.packed import Packed, open_packed
 from fewfire.probes import weights
 from fewfire.selectors.methods import KINDS, METHODS, Kind
 
@@ -60,3 +62,16 @@ def test_the_head_is_fitted_when_all_layers_were_seen(model: Model, monkeypatch:
     again = Calibration(model, TEXT)
     with mock.patch.object(calibration, "Observation", side_effect=AssertionError("all is in the notebook")):
         again.fit(["gate+screen"])
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-fatsilu", "llama-relu"])
+def test_damage_is_measured_against_what_runs_uncalibrated(
+    family: str, packed_path: Callable[[str, str], Path]
+) -> None:
+    """With a ReLU's zeros left out: sums in another order are no damage."""
+    work = Calibration(Model(open_packed(packed_path(family, "q4")), 2), TEXT)
+    said = work.dense("said", work.held)
+    down, c = work.model.engine.neurons_read()[:, 2].sum(), work.packed.config
+    assert (down < c.num_hidden_layers * c.intermediate_size) == (family != "llama")
+    work.model.engine.select(None)
+    np.testing.assert_array_equal(damage.measure(work.model, work.held, said).grown, 0)
