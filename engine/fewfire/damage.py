@@ -40,6 +40,7 @@ class Dense:
     weight: np.ndarray  # (T, kept) float32 the probability that they stand for: together 1
     target: np.ndarray  # (T,) float64 that of the token that came
     seconds: np.ndarray  # (T,) float64 that decoding took
+    read: np.ndarray  # (T,) int64 bytes of weights that decoding read
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +85,8 @@ def observe_dense(model: Model, windows: Windows, progress: Progress = silent, s
 
     Raises `FewfireError` if the logits are not finite.
     """
-    tokens, log_p, weights, targets, seconds = [], [], [], [], []
-    for target, logits, took, _ in _decoded(model, windows, progress, stage):
+    tokens, log_p, weights, targets, seconds, read = [], [], [], [], [], []
+    for target, logits, took, bytes_read in _decoded(model, windows, progress, stage):
         total = float(log_total(logits))
         kept, weight = _kept(logits, total)
         tokens.append(kept)
@@ -93,7 +94,9 @@ def observe_dense(model: Model, windows: Windows, progress: Progress = silent, s
         weights.append(weight)
         targets.append(float(logits[target]) - total)
         seconds.append(took)
-    return Dense(np.stack(tokens), np.stack(log_p), np.stack(weights), np.array(targets), np.array(seconds))
+        read.append(bytes_read)
+    stacked = np.stack(tokens), np.stack(log_p), np.stack(weights)
+    return Dense(*stacked, np.array(targets), np.array(seconds), np.array(read))
 
 
 def measure(

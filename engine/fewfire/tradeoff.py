@@ -65,8 +65,8 @@ class Judge:
 
     @cached_property
     def dense(self) -> Dense:
-        """What the dense model says."""
-        self._work.model.engine.select(None, dense=True, progress=self._work.progress)
+        """What the model says without a selection, with a ReLU's zeros left out (as `Calibration.dense`)."""
+        self._work.model.engine.select(None, progress=self._work.progress)
         return damage.observe_dense(self._work.model, self.windows, self._work.progress)
 
     @property
@@ -91,7 +91,7 @@ class Judge:
         return Point(
             method=method,
             asked=asked,
-            density=trials.density(work, method, found.bytes_per_token),
+            density=trials.density(work, method, found.bytes_per_token, float(dense.read.mean())),
             densities=picked,
             growth=found.growth,
             growth_error=found.error if math.isfinite(found.error) else None,

@@ -12,7 +12,7 @@ from fewfire import damage
 from fewfire.calibration import WORK, Calibration, Densities
 from fewfire.damage import Damage
 from fewfire.selectors.choices import governed_bytes
-from fewfire.selectors.methods import parse
+from fewfire.selectors.methods import KINDS, parse
 from fewfire.windows import some
 
 _SCORED = 4096  # tokens that a trial decodes, at most
@@ -49,25 +49,33 @@ def scored(work: Calibration) -> int:
     return max(512, min(_SCORED, int(WORK / work.packed.bytes_per_token())))
 
 
-def density(work: Calibration, method: str, bytes_per_token: float) -> float:
-    """The share read of the bytes that a method may leave out, with all that it reads in addition."""
-    left_out = work.packed.bytes_per_token() - bytes_per_token
-    return 1 - left_out / governed_bytes(work.packed, parse(method).kinds)
+def density(work: Calibration, method: str, bytes_per_token: float, uncalibrated: float) -> float:
+    """The share read of the bytes that a method may leave out, with all that it reads in addition.
+
+    uncalibrated: bytes that a token reads without it, with a ReLU's zeros left out: those do not count for a method
+    that has nothing to do with neurons.
+    """
+    kinds = parse(method).kinds
+    neurons = any(KINDS[kind].part == "ffn" for kind in kinds)
+    left_out = (work.packed.bytes_per_token() if neurons else uncalibrated) - bytes_per_token
+    return 1 - left_out / governed_bytes(work.packed, kinds)
 
 
 def trial(work: Calibration, method: str, densities: Densities, tokens: int, stage: str) -> Trial:
     """Measures a setting on about so many tokens of the held-out part."""
 
+    cut = some(work.held, tokens)
+    dense = work.dense(f"dense-held-{tokens}", cut)
+
     def compute() -> dict[str, Any]:
-        cut = some(work.held, tokens)
-        dense = work.dense(f"dense-held-{tokens}", cut)
         work.model.engine.select(work.selection(method, densities), progress=work.progress)
         found = damage.measure(work.model, cut, dense, work.progress, stage)
         return {**_summary(found), "worse_kl": found.worse_kl}
 
     measured = dict(work.notebook.number(f"trial {method} {digest(densities)} {tokens}", compute))
     worse_kl = measured.pop("worse_kl")
-    return Trial(method, densities, density(work, method, measured["bytes_per_token"]), measured, worse_kl)
+    share = density(work, method, measured["bytes_per_token"], float(dense.read.mean()))
+    return Trial(method, densities, share, measured, worse_kl)
 
 
 def adjusted(work: Calibration, method: str, density: float, pick: Callable[[float], Densities]) -> Densities:

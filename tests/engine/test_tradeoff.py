@@ -84,13 +84,13 @@ def test_impossible_options(model: Model, methods: list[str], densities: list[fl
     Calibration(model, TEXT)  # which nobody has open
 
 
-def test_what_is_compiled_for_the_dense_model_is_reported(model: Model) -> None:
+def test_what_is_compiled_without_a_selection_is_reported(model: Model) -> None:
     progress = mock.Mock()
     work = Calibration(model, TEXT, progress)
     with mock.patch.object(model.engine, "select", wraps=model.engine.select) as select:
         work.dense("held", work.held[:1])
         assert Judge(work, work.held[:1]).dense
-    assert select.call_args_list == 2 * [mock.call(None, dense=True, progress=progress)]
+    assert select.call_args_list == 2 * [mock.call(None, progress=progress)]
 
 
 def test_what_was_selected_comes_back(model: Model) -> None:

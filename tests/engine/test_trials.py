@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,9 @@ import tiny
 from fewfire import choosing
 from fewfire.calibration import Calibration
 from fewfire.model import Model
-from fewfire.trials import Trial, adjusted, trial
+from fewfire.packed import open_packed
+from fewfire.selectors.choices import governed_bytes
+from fewfire.trials import Trial, adjusted, density, trial
 
 
 def test_a_share_is_adjusted_until_the_kernels_read_it(model: Model) -> None:
@@ -25,3 +29,14 @@ def test_a_bound_is_of_growth_with_its_error_and_of_the_harder_texts_divergence(
     measured = {"growth": 0.01, "growth_error": 0.002, "kl": 0.005}
     assert Trial("gate", {}, 0.5, measured, worse_kl=0.006).bound == pytest.approx(0.01 + 1.28 * 0.002)
     assert Trial("gate", {}, 0.5, measured, worse_kl=0.03).bound == pytest.approx(math.expm1(0.03))
+
+
+def test_zeros_of_a_relu_are_no_share_of_the_head(packed_path: Callable[[str, str], Path]) -> None:
+    """But of the neurons, which other methods choose from."""
+    work = Calibration(Model(open_packed(packed_path("llama-relu", "q4")), 2), tiny.PARAGRAPH * 6)
+    head, whole = governed_bytes(work.packed, ["screen"]), work.packed.bytes_per_token()
+    read = work.dense("said", work.held).read.mean()
+    assert read < whole
+    assert density(work, "screen", read - head / 2, read) == pytest.approx(0.5)
+    neurons = governed_bytes(work.packed, ["screen", "gate"])
+    assert density(work, "gate+screen", read - head / 2, read) == pytest.approx(1 - (whole - read + head / 2) / neurons)
