@@ -169,11 +169,13 @@ def scaled_sum(m: Matrix, listed: np.ndarray, factors: np.ndarray, weights: str)
 
 
 def dot_codes(random: Random, *, rows: int, columns: int) -> Case:
-    """Sums of the integers of all rows of a coded matrix, which say nothing but integers, times those of a vector."""
+    """Sums of the integers of all rows of a coded matrix times those of a vector, the largest there are among them."""
     matrix = random.integers(0, 256, (rows, codes.row_bytes(columns)), np.uint8)
+    matrix[random.integers(rows)] = 0xFF
     raw = np.full(matrix.nbytes + GUARD, 0xFF, np.uint8)
     raw[: matrix.nbytes] = matrix.reshape(-1)
     x, out = random.integers(-127, 128, columns).astype(np.int8), Output((rows,))
+    x[: columns // 2] = 127 * random.choice([-1, 1])
     values = codes.integers(matrix).astype(np.float64) @ x
     arguments = (raw.ctypes.data, matrix.shape[1], rows, x.ctypes.data, out.address)
 

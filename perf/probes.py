@@ -17,13 +17,14 @@ from numba import types
 from numba.core import cgutils
 
 import fewfire
+from fewfire.kernels.codes import dot_codes
 from fewfire.kernels.compile import Primitive
 from fewfire.kernels.simd import call, instruction, load_i64, store_i64
 
 # By where a call's matrix lies; the last two are of a selection.
 MATRICES = ("qkv", "o", "gate", "up", "bypass", "predictor", "screen")
 PARTS = (*MATRICES, "down", "attention", "head", "small steps")
-_PART_OF = {"gather_axpy": "down", "table_dot": "head"}  # all else is small
+_PART_OF = {"gather_axpy": "down", "table_dot": "head", "dot_codes": "screen"}  # all else is small
 _PART_OF |= dict.fromkeys(("attend", "attend_rest", "merge", "settle"), "attention")
 _OF_PREFILL = ("dot_tokens", "down_strip", "table_tokens")
 _OPTIONS = {"error_model": "numpy", "boundscheck": False}
@@ -58,7 +59,7 @@ def matrices(model: fewfire.Model) -> list[tuple[str, np.ndarray]]:
         found += [("predictor", selection.predictor.rows), ("predictor", selection.predictor.basis)]
     if selection and selection.screen:
         screen = selection.screen
-        found += [("screen", array) for array in (screen.codes, screen.basis, screen.centre)]
+        found += [("screen", array) for array in vars(screen).values() if isinstance(array, np.ndarray)]
     return [(name, array) for name, array in found if array is not None]
 
 
@@ -97,9 +98,10 @@ class Probes:
         self.ticks = np.zeros(len(PARTS), np.int64)
         met = matrices(model)
         self._probes: dict[str, Any] = {}
-        for name, primitive in model.engine._primitives.items():
-            if name in _OF_PREFILL:
-                continue
+        primitives = {name: p for name, p in model.engine._primitives.items() if name not in _OF_PREFILL}
+        if self._record["screen"][0]:
+            primitives["dot_codes"] = dot_codes
+        for name, primitive in primitives.items():
             part = PARTS.index(_PART_OF.get(name, "small steps"))
             self._probes[name] = _probe(primitive, self.ticks, met if name in ("gather_dot", "table_dot") else [], part)
         self._own = {name: int(self._record[name][0]) for name in self._probes}

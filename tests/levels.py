@@ -12,6 +12,7 @@ from perf.kernel_table import TABLE
 SHAPES: dict[str, dict[str, object]] = {
     **{f"gather_dot_{w}": {"rows": 21, "columns": 448, "chosen": [3, 20, 7, 7, 0]} for w in ("q8", "q4")},
     **{f"gather_axpy_{w}": {"rows": 21, "columns": 448, "chosen": [3, 20, 7, 7, 0]} for w in ("q8", "q4")},
+    "dot_codes": {"rows": 21, "columns": 448},
     **{f"dot_tokens_{w}": {"rows": 21, "columns": 448, "tokens": 8} for w in ("q8", "q4")},
     "down_strip_q4": {"neurons": 100, "columns": 192, "strip": 1, "tokens": 8},
     **{f"attend_f16_{queries}": {"start": 3, "stop": 50, "head_dim": 20} for queries in (1, 2, 3, 4)},

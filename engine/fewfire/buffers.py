@@ -157,7 +157,7 @@ class Workspace(Buffers):
         if selection and selection.screen:
             self.point("reduced", aligned((selection.screen.rank,), np.int8))
             self.floats(
-                screened=(selection.screen.rank,),
+                inner=(selection.screen.rank,),
                 affine=(3,),
                 largest=(HEAD_CHUNKS,),
                 totals=(HEAD_CHUNKS,),

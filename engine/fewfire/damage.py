@@ -1,10 +1,11 @@
 """What the selection in use does to the predictions: next-token distributions beside the dense model's.
 
 Both decode the same windows token by token, so that nothing differs but the selection, and their differences scatter
-far less than the perplexities. The dense model decodes once; what is kept of it are its most probable tokens, and some
-that stand for the rest of the probability: a screened head does its damage there, and keeps the sum, so that the rest
-taken as one would show none of it (perf/LOG.md, "where a screen's damage is"). Neighbouring tokens are alike, so
-standard errors take windows, not tokens, as independent of each other.
+far less than the perplexities. Dense is what runs without a selection: a ReLU's zeros are not read, which changes
+nothing but the order of sums (perf/LOG.md, "thresholds and the order of sums"). It decodes once; what is kept of it
+are its most probable tokens, and some that stand for the rest of the probability: a screened head does its damage
+there, and keeps the sum, so that the rest taken as one would show none of it (perf/LOG.md, "where a screen's damage
+is"). Neighbouring tokens are alike, so standard errors take windows, not tokens, as independent of each other.
 """
 
 from __future__ import annotations

@@ -50,8 +50,6 @@ _I = types.int64
 VALUES, QUANTS, SCALES, SUMS, COLUMNS, LANES, SCRATCH = range(0, 56, 8)
 
 SOON = 2  # where a list is worked through in order, its rows are asked for so many entries ahead
-
-
 _FLOATS, _INTEGERS = 32, 256  # columns that are worked on between two questions for later rows
 _BEGINNING = 1024  # bytes of a row, after which the hardware has found the stream
 
@@ -87,9 +85,9 @@ def _ask_for(soon, start, stop):
 
 
 @inline
-def asking(block, columns, wanted):
+def _asking(block, columns, wanted):
     """How many bytes of a row are wanted soon, and the share of them that is asked for with each block of columns."""
-    return wanted, (block * wanted // columns + 63) // 64 * 64
+    return wanted, max(64, (block * wanted // columns + 63) // 64 * 64)
 
 
 @inline
@@ -230,7 +228,7 @@ def _gather_dot(four, block, matrix, stride, rows, soon, wanted, count, begin, e
     list's own first rows.
     """
     quarter, last, columns = (count + 3) // 4, count - 1, load_i64(x + COLUMNS)
-    ask = asking(block, columns, wanted + 63)
+    ask = _asking(block, columns, wanted + 63)
     if begin == 0:
         begin_streams(matrix, stride, wanted, rows, count)
     for i in range(begin, end):

@@ -17,12 +17,12 @@ import numpy as np
 from numba import types
 
 from fewfire.kernels.axpy import BLOCK
+from fewfire.kernels.codes import narrow
 from fewfire.kernels.compile import inline, primitive, step
 from fewfire.kernels.gather import SOON, ask_for_row
 from fewfire.kernels.layer import all_rows, pad, row_chunks
 from fewfire.kernels.pointwise import exp
 from fewfire.kernels.simd import (
-    absolute,
     add,
     call,
     fma,
@@ -32,13 +32,11 @@ from fewfire.kernels.simd import (
     max_lane,
     maximum,
     mul,
-    rint,
     splat_f32,
     store_f32,
     store_f32x8,
     store_i32,
     store_i64,
-    store_rounded_i8x8,
     subtract,
     sum_lanes,
 )
@@ -55,26 +53,6 @@ LIST = _LISTED + BLOCK  # entries of a thread's list of candidates
 def _part(model, chunk):
     """The first token of a chunk, and the first behind it."""
     return model.vocab * chunk // HEAD_CHUNKS, model.vocab * (chunk + 1) // HEAD_CHUNKS
-
-
-@step
-def _narrow(model, work):
-    """Basis x as integers, and in `affine` centre x, the integers' scale, and what their products with rows are above
-    those with the rows' levels: 7.5 times their sum, and 1.5 times from column 64 on."""
-    size = 4 * model.screen_rank
-    largest, total = splat_f32(0.0), splat_f32(0.0)
-    for i in range(0, size, 32):
-        largest = maximum(absolute(load_f32x8(work.screened + i)), largest)
-    unit = max(max_lane(largest) / np.float32(127.0), np.float32(1e-30))
-    inverse = splat_f32(np.float32(1.0) / unit)
-    for i in range(0, size, 32):
-        value = rint(mul(load_f32x8(work.screened + i), inverse))
-        store_rounded_i8x8(work.reduced + i // 4, value)
-        total = fma(value, splat_f32(7.5 if i < 256 else 1.5), total)
-    stride = model.table_stride
-    call(model.table_dot, (model.screen_centre, stride, model.every, model.every, 0, 1, 0, 1, work.x, work.affine))
-    store_f32(work.affine + 4, unit)
-    store_f32(work.affine + 8, sum_lanes(total))
 
 
 @step
@@ -169,9 +147,11 @@ def screened_logits(model, team, phase, thread, work, logits):
         if chunk < 0:
             break
         matrix, size = (model.screen_basis, model.table_stride), model.screen_rank
-        all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, work.x, work.screened)
+        all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, work.x, work.inner)
         if finish(team, chunks):
-            _narrow(model, work)
+            rows, stride = model.every, model.table_stride
+            call(model.table_dot, (model.screen_centre, stride, rows, rows, stride, 1, 0, 1, work.x, work.affine))
+            narrow(work.inner, model.screen_rank, work.reduced, work.affine + 4)
             advance(team, phase)
     phase = wait(team, phase)
 

@@ -14,7 +14,7 @@ from fewfire.kernels.layer import LAYER, MODEL, record
 # `factors` (scratch of gather_axpy). For selectors: the descriptor of `hint`, whose values are `hint_values` (rank,),
 # of a predictor; `gates` and `ups` (neurons,) where they are there before the neurons' phase (`gates` has room for the
 # columns' sums, all gate rows and then all up rows), and `least`, which the largest gates are over, and at last the
-# logits of candidates. For a screened head (see `head.py`) `screened` (screen_rank,), what its basis makes of x, and
+# logits of candidates. For a screened head (see `head.py`) `inner` (screen_rank,), what its basis makes of x, and
 # `reduced`, the same as int8; `affine` (3,), which makes logits of integers; of each of its HEAD_CHUNKS the `largest`
 # logit and the `totals` of exp(logit - largest); of each thread `candidates` int32 (LIST,) and their `values`. What was
 # read is counted, int64: gate, up and down rows in `read` (layers, NEURON_CHUNKS, 3); bytes of the columns of qkv, of
@@ -23,7 +23,7 @@ WORK = record("""
     x wide attended joined hidden delta qkv query key parts parts_stride scores scores_stride partial cos sin
     ids gate up longest block factors factors_stride read
     hint hint_values gates ups least projected
-    reduced screened affine largest totals exact candidates values
+    reduced inner affine largest totals exact candidates values
 """)
 
 # Arguments of the steps that are primitives, because only selections need them.

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-FINE = 64  # columns in four bits
+from fewfire.kernels.codes import FINE, FINE_MIDDLE, MIDDLE
+
 _BLOCK = 128  # columns in two bits that share 32 bytes
 _FITS = 3  # of scales and levels to each other, after which neither changes much
 _STEP = np.float32(0.335)  # of 16 levels, in standard deviations, for normally distributed numbers (Max 1960)
@@ -33,9 +34,9 @@ def spread(columns: int) -> np.ndarray:
     return np.where(np.arange(columns) < FINE, _COARSE_STEP / _STEP, np.float32(1))
 
 
-def centre(columns: int) -> np.ndarray:
+def middle(columns: int) -> np.ndarray:
     """What integers are above their levels, float32 `(columns,)`."""
-    return np.where(np.arange(columns) < FINE, np.float32(7.5), np.float32(1.5))
+    return np.where(np.arange(columns) < FINE, np.float32(FINE_MIDDLE), np.float32(MIDDLE))
 
 
 def encode(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -46,12 +47,13 @@ def encode(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows, columns = matrix.shape
     if columns != most_columns(columns):
         raise ValueError(f"rows have {FINE} columns and a multiple of {_BLOCK}, not {columns}")
-    middle = centre(columns)
+    above = middle(columns)
     scale = np.sqrt((matrix * matrix).mean(axis=1, keepdims=True)) / np.sqrt((spread(columns) ** 2).mean())
     for _ in range(_FITS):
-        levels = _integers(matrix, scale, middle) - middle
-        scale = (levels * matrix).sum(axis=1, keepdims=True) / (levels * levels).sum(axis=1, keepdims=True)
-    integers = _integers(matrix, scale, middle).astype(np.uint8)
+        levels = (_integers(matrix, scale, above) - above) * (matrix != 0)
+        energy = np.maximum((levels * levels).sum(axis=1, keepdims=True), np.float32(0.25))
+        scale = (levels * matrix).sum(axis=1, keepdims=True) / energy
+    integers = _integers(matrix, scale, above).astype(np.uint8)
     fine, coarse = integers[:, :FINE].reshape(rows, 2, 32), integers[:, FINE:].reshape(rows, -1, 4, 32)
     shifted = coarse << np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     pairs = np.bitwise_or.reduce(shifted, axis=2).reshape(rows, -1)
@@ -69,9 +71,9 @@ def integers(codes: np.ndarray) -> np.ndarray:
 def decode(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """The float32 matrix `(rows, columns)` that codes and scales stand for."""
     found = integers(codes)
-    return (found - centre(found.shape[1])) * scales[:, None]
+    return (found - middle(found.shape[1])) * scales[:, None]
 
 
-def _integers(matrix: np.ndarray, scale: np.ndarray, middle: np.ndarray) -> np.ndarray:
+def _integers(matrix: np.ndarray, scale: np.ndarray, above: np.ndarray) -> np.ndarray:
     ratio = np.divide(matrix, scale, out=np.zeros_like(matrix), where=scale != 0)
-    return np.clip(np.floor(ratio) + (middle + np.float32(0.5)), 0, 2 * middle)
+    return np.clip(np.floor(ratio) + (above + np.float32(0.5)), 0, 2 * above)

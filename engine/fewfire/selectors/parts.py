@@ -65,6 +65,8 @@ def misfit(packed: Packed, arrays: Mapping[str, np.ndarray], numbers: Mapping[st
             return f"{name} is {array.dtype} {list(array.shape)} and not {np.dtype(dtype)} {list(shape)}"
         if dtype == np.float32 and np.isnan(array).any():
             return f"{name} has NaN"
+        if name in ("screen.scales", "screen.bias") and not np.isfinite(array).all():
+            return f"{name} has numbers that are not finite"
     neurons = packed.config.intermediate_size
     if "top" in arrays and "predictor.rows" in arrays:
         return "a predictor and the largest neurons exclude each other"

@@ -36,6 +36,7 @@ _HELD = 0.25  # share of the sample, its end, that the regression does not use
 _RIDGE = 0.01  # share of the mean variance that is added to each direction's
 _BLOCK = 4096  # rows of the head that are decoded together
 _CONFIDENCE = 0.95
+_ARRAYS = "codes", "scales", "basis", "centre", "bias"
 
 
 def usual_rank(hidden: int) -> int:
@@ -48,8 +49,7 @@ def fit(packed: Packed, observation: Observation, rank: int | None = None) -> Fi
 
     "densities" (D,): that share, rising to 1; for each "margins" in nats, "errors": the mean KL(dense || screened) in
     nats, and "missed": at most how often the dense model's most probable token is not made exact (Clopper and Pearson
-    1934, 95 %), all measured on sample text that the regression did not use. "rows", "basis", "bias", "rank" as in
-    `Screen`.
+    1934, 95 %), all measured on sample text that nothing was fitted to. "rank" and arrays as in `Screen`.
     """
     states, config = observation.final, packed.config
     rank = usual_rank(config.hidden_size) if rank is None else rank
@@ -60,7 +60,7 @@ def fit(packed: Packed, observation: Observation, rank: int | None = None) -> Fi
     screen = _code(packed, covariance, rank)
     bias = np.concatenate([_bias(lacking, mean, covariance) for lacking in _lacking(packed, screen)])
     screen = replace(screen, bias=bias)
-    arrays = {name: getattr(screen, name) for name in ("codes", "scales", "basis", "centre", "bias")}
+    arrays = {name: getattr(screen, name) for name in _ARRAYS}
     return {**_cost(packed, screen, held_out), **arrays, "rank": np.array(rank)}
 
 
@@ -79,7 +79,7 @@ def fill(packed: Packed, fits: Sequence[Fit], densities: Sequence[float]) -> Scr
         if density == 1 or density > measured[kept - 1]
         else np.interp(density, measured[:kept], found["margins"][:kept])
     )
-    arrays = {name: found[name] for name in ("codes", "scales", "basis", "centre", "bias")}
+    arrays = {name: found[name] for name in _ARRAYS}
     return Screen(**arrays, rank=int(found["rank"]), margin=float(margin))
 
 
@@ -95,10 +95,11 @@ def _code(packed: Packed, covariance: np.ndarray, rank: int) -> Screen:
     mean = np.asarray(total / vocab, np.float32)[None]
     root, gram = linalg.cholesky(covariance, lower=True), np.zeros((hidden, hidden))
     for rows in _head(packed):
-        gram += (rows - mean).T @ (rows - mean)
+        around = rows - mean
+        gram += around.T @ around
     variance, leading = linalg.eigh(root.T @ gram @ root, subset_by_index=(max(0, hidden - rank), hidden - 1))
     # The columns of W A Q have these variances, but for a factor that they share.
-    factor = codes.spread(rank)[: len(variance)] / np.sqrt(np.maximum(variance[::-1], 1e-12 * variance[-1]))
+    factor = codes.spread(rank)[: len(variance)] / np.sqrt(np.maximum(variance[::-1], 1e-12 * variance[-1] + 1e-30))
     project, basis = np.zeros((hidden, rank), np.float32), np.zeros((rank, hidden), np.float32)
     project[:, : len(variance)] = root @ leading[:, ::-1] * factor
     basis[: len(variance)] = linalg.solve_triangular(root, leading[:, ::-1] / factor, trans=1, lower=True).T

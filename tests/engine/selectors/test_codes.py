@@ -37,7 +37,7 @@ def test_the_nearest_level_is_taken(columns: int, random: np.random.Generator) -
     stored, scales = codes.encode(matrix)
     assert stored.dtype == np.uint8
     assert scales.dtype == np.float32
-    inside = np.abs(matrix) < codes.centre(columns) * scales[:, None]
+    inside = np.abs(matrix) < codes.middle(columns) * scales[:, None]
     assert inside.mean() > 0.8
     assert (
         np.abs(codes.decode(stored, scales) - matrix)[inside]

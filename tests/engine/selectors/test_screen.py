@@ -171,7 +171,7 @@ def test_few_states_are_enough(packed_path: PackedPath, states: np.ndarray) -> N
     """Fewer than directions: the covariance alone could not be inverted."""
     packed = open_packed(packed_path("llama", "q4"))
     fit = screen.fit(packed, observation(states[:20]))
-    assert all(np.isfinite(fit[name]).all() for name in ("densities", "errors", "missed", "bias"))
+    assert all(np.isfinite(fit[name]).all() for name in ("densities", "errors", "missed", "scales", "bias"))
 
 
 def test_the_bound_of_what_is_missed() -> None:
