@@ -27,8 +27,8 @@ from fewfire.cache import cache_dir
 from fewfire.kernels import axpy, gather
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import Primitive
-from fewfire.kernels.gather import SOON
-from fewfire.kernels.simd import call, store_f32, sum_lanes
+from fewfire.kernels.gather import FLOATS, INTEGERS, SOON, asking, store_sums
+from fewfire.kernels.simd import call, load_i64
 from fewfire.packed import PAGE
 from fewfire.quantize import FORMATS, padded
 from fewfire.team import default_threads
@@ -59,27 +59,28 @@ def _calls_9(address, calls):
         call(address, (c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8]))
 
 
-def _without_list(four: Callable[..., Any]) -> Callable[..., None]:
+def _without_list(four: Callable[..., Any], block: int) -> Callable[..., None]:
     """Dot products of all rows, whose number is a multiple of four: what a dense engine does."""
 
     @numba.njit(**_OPTIONS)
     def loop(matrix, stride, count, x, out, passes):
-        part = count // 4
+        part, columns = count // 4, load_i64(x + gather.COLUMNS)
+        ask = asking(block, columns, stride)
         for _ in range(passes):
             for j in range(part):
                 a, b = matrix + j * stride, matrix + (part + j) * stride
                 c, d = matrix + (2 * part + j) * stride, matrix + (3 * part + j) * stride
                 later = (a + SOON * stride, b + SOON * stride, c + SOON * stride, d + SOON * stride)
-                p, q, r, s = four((a, b, c, d), later, stride, x)
-                store_f32(out + 4 * j, sum_lanes(p))
-                store_f32(out + 4 * (part + j), sum_lanes(q))
-                store_f32(out + 4 * (2 * part + j), sum_lanes(r))
-                store_f32(out + 4 * (3 * part + j), sum_lanes(s))
+                places = out + 4 * j, out + 4 * (part + j), out + 4 * (2 * part + j), out + 4 * (3 * part + j)
+                store_sums(*places, *four((a, b, c, d), later, ask, columns, x))
 
     return loop
 
 
-_DENSE = {weights: _without_list(getattr(gather, f"_four_{weights}")) for weights in FORMATS}
+_DENSE = {
+    weights: _without_list(getattr(gather, f"_four_{weights}"), INTEGERS if weights in ("q4", "q8") else FLOATS)
+    for weights in FORMATS
+}
 
 
 @dataclass(frozen=True)

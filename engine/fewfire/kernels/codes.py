@@ -11,6 +11,7 @@ import numpy as np
 from numba import types
 
 from fewfire.kernels.compile import inline, primitive, step
+from fewfire.kernels.gather import store_sums
 from fewfire.kernels.products import dot_u4, high_nibbles, low_nibbles, low_pairs, settle, without_low_pairs
 from fewfire.kernels.simd import (
     absolute,
@@ -25,14 +26,8 @@ from fewfire.kernels.simd import (
     rint,
     splat_f32,
     store_f32,
-    store_lane_0,
-    store_lane_1,
-    store_lane_2,
-    store_lane_3,
     store_rounded_i8x8,
-    sum_halves,
     sum_lanes,
-    sum_quarters,
     to_f32,
     zeros_i32,
 )
@@ -93,9 +88,6 @@ def dot_codes(codes, stride, count, x, out):
             a, b = add_i32(a, _coarse(load_i8x32(p + at), z)), add_i32(b, _coarse(load_i8x32(q + at), z))
             c, d = add_i32(c, _coarse(load_i8x32(r + at), z)), add_i32(d, _coarse(load_i8x32(s + at), z))
             y += 128
-        sums = sum_quarters(sum_halves(to_f32(a), to_f32(b)), sum_halves(to_f32(c), to_f32(d)))
-        store_lane_0(i, sums)
-        store_lane_1(i + 4 * second, sums)
-        store_lane_2(i + 4 * third, sums)
-        store_lane_3(i + 4 * fourth, sums)
+        places = i, i + 4 * second, i + 4 * third, i + 4 * fourth
+        store_sums(*places, to_f32(a), to_f32(b), to_f32(c), to_f32(d))
         p, q, r, s = p + stride, q + stride, r + stride, s + stride

@@ -50,7 +50,7 @@ _I = types.int64
 VALUES, QUANTS, SCALES, SUMS, COLUMNS, LANES, SCRATCH = range(0, 56, 8)
 
 SOON = 2  # where a list is worked through in order, its rows are asked for so many entries ahead
-_FLOATS, _INTEGERS = 32, 256  # columns that are worked on between two questions for later rows
+FLOATS, INTEGERS = 32, 256  # columns that are worked on between two questions for later rows
 _BEGINNING = 1024  # bytes of a row, after which the hardware has found the stream
 
 
@@ -85,7 +85,7 @@ def _ask_for(soon, start, stop):
 
 
 @inline
-def _asking(block, columns, wanted):
+def asking(block, columns, wanted):
     """How many bytes of a row are wanted soon, and the share of them that is asked for with each block of columns."""
     return wanted, max(64, (block * wanted // columns + 63) // 64 * 64)
 
@@ -220,6 +220,16 @@ def _lines(rows):
 
 
 @inline
+def store_sums(p, q, r, s, a, b, c, d):
+    """The sums of all lanes of four registers, to four addresses."""
+    sums = sum_quarters(sum_halves(a, b), sum_halves(c, d))
+    store_lane_0(p, sums)
+    store_lane_1(q, sums)
+    store_lane_2(r, sums)
+    store_lane_3(s, sums)
+
+
+@inline
 def _gather_dot(four, block, matrix, stride, rows, soon, wanted, count, begin, end, x, out):
     """out[j] = row rows[j] . x for entries begin to end of each quarter of a list of `count` rows.
 
@@ -228,35 +238,31 @@ def _gather_dot(four, block, matrix, stride, rows, soon, wanted, count, begin, e
     list's own first rows.
     """
     quarter, last, columns = (count + 3) // 4, count - 1, load_i64(x + COLUMNS)
-    ask = _asking(block, columns, wanted + 63)
+    ask = asking(block, columns, wanted + 63)
     if begin == 0:
         begin_streams(matrix, stride, wanted, rows, count)
     for i in range(begin, end):
         j, k, m = min(quarter + i, last), min(2 * quarter + i, last), min(3 * quarter + i, last)
         later = _lines(_rows(matrix, stride, soon, i, j, k, m))
         a, b, c, d = four(_rows(matrix, stride, rows, i, j, k, m), later, ask, columns, x)
-        sums = sum_quarters(sum_halves(a, b), sum_halves(c, d))
-        store_lane_0(out + 4 * i, sums)
-        store_lane_1(out + 4 * j, sums)
-        store_lane_2(out + 4 * k, sums)
-        store_lane_3(out + 4 * m, sums)
+        store_sums(out + 4 * i, out + 4 * j, out + 4 * k, out + 4 * m, a, b, c, d)
 
 
 @primitive(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I)
 def gather_dot_f32(matrix, stride, rows, soon, wanted, count, begin, end, x, out):
-    _gather_dot(_four_f32, _FLOATS, matrix, stride, rows, soon, wanted, count, begin, end, x, out)
+    _gather_dot(_four_f32, FLOATS, matrix, stride, rows, soon, wanted, count, begin, end, x, out)
 
 
 @primitive(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I)
 def gather_dot_bf16(matrix, stride, rows, soon, wanted, count, begin, end, x, out):
-    _gather_dot(_four_bf16, _FLOATS, matrix, stride, rows, soon, wanted, count, begin, end, x, out)
+    _gather_dot(_four_bf16, FLOATS, matrix, stride, rows, soon, wanted, count, begin, end, x, out)
 
 
 @primitive(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I)
 def gather_dot_q8(matrix, stride, rows, soon, wanted, count, begin, end, x, out):
-    _gather_dot(_four_q8, _INTEGERS, matrix, stride, rows, soon, wanted, count, begin, end, x, out)
+    _gather_dot(_four_q8, INTEGERS, matrix, stride, rows, soon, wanted, count, begin, end, x, out)
 
 
 @primitive(_I, _I, _I, _I, _I, _I, _I, _I, _I, _I)
 def gather_dot_q4(matrix, stride, rows, soon, wanted, count, begin, end, x, out):
-    _gather_dot(_four_q4, _INTEGERS, matrix, stride, rows, soon, wanted, count, begin, end, x, out)
+    _gather_dot(_four_q4, INTEGERS, matrix, stride, rows, soon, wanted, count, begin, end, x, out)
