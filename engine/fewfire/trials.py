@@ -63,7 +63,6 @@ def density(work: Calibration, method: str, bytes_per_token: float, uncalibrated
 
 def trial(work: Calibration, method: str, densities: Densities, tokens: int, stage: str) -> Trial:
     """Measures a setting on about so many tokens of the held-out part."""
-
     cut = some(work.held, tokens)
     dense = work.dense(f"dense-held-{tokens}", cut)
 

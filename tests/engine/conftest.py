@@ -15,8 +15,13 @@ from fewfire import calibration, probes, trials
 from fewfire.model import Model
 from fewfire.pack import pack
 from fewfire.packed import open_packed
+from tiny import write_tiny
 
 PackedPath = Callable[[str, str], Path]
+
+
+def _packed_once(source: Path, out: Path, weights: str) -> Path:
+    return out if out.exists() else pack(source, out, weights)
 
 
 @pytest.fixture(scope="session")
@@ -25,8 +30,22 @@ def packed_path(tiny_path: Callable[[str], Path], tmp_path_factory: pytest.TempP
     directory = tmp_path_factory.mktemp("packed")
 
     def path(family: str, weights: str) -> Path:
-        out = directory / f"{family}-{weights}"
-        return out if out.exists() else pack(tiny_path(family), out, weights)
+        return _packed_once(tiny_path(family), directory / f"{family}-{weights}", weights)
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def shaped_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`shaped_path("q8", hidden_size=256)`: a tiny llama of another shape in a format, packed once a session."""
+    directory = tmp_path_factory.mktemp("shaped")
+
+    def path(weights: str, **shape: int) -> Path:
+        name = "-".join(f"{key}{value}" for key, value in sorted(shape.items()))
+        source = directory / name
+        if not source.exists():
+            write_tiny("llama", source, **shape)
+        return _packed_once(source, directory / f"{name}-{weights}", weights)
 
     return path
 

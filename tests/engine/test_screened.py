@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,10 @@ IDS = prompt(12)
 ODD: dict[str, Any] = {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1, "vocab_size": 311}
 
 
-@pytest.fixture(scope="module")
-def odd_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+@pytest.fixture
+def odd_path(shaped_path: Callable[..., Path]) -> Callable[[str], Path]:
     """A model none of whose sizes is a multiple of anything, packed in a format."""
-    directory = tmp_path_factory.mktemp("odd")
-    source = write_tiny("llama", directory / "source", **ODD)
-
-    def path(weights: str) -> Path:
-        out = directory / weights
-        return out if out.exists() else pack(source, out, weights)
-
-    return path
+    return partial(shaped_path, **ODD)
 
 
 def random_screen(random: np.random.Generator, packed: Packed, rank: int, margin: float) -> Screen:

@@ -94,10 +94,10 @@ def asking(block, columns, wanted):
 def _four_float(load, size, rows, soon, ask, columns, x):
     (p, q, r, s), (wanted, share), values = rows, ask, load_i64(x + VALUES)
     a, b, c, d = splat_f32(0.0), splat_f32(0.0), splat_f32(0.0), splat_f32(0.0)
-    for start in range(0, columns, 32):
-        asked = share * (start // 32)
+    for start in range(0, columns, FLOATS):
+        asked = share * (start // FLOATS)
         _ask_for(soon, asked, min(wanted, asked + share))
-        for i in range(start, start + 32, 8):
+        for i in range(start, start + FLOATS, 8):
             v, at = load_f32x8(values + 4 * i), size * i
             a, b = fma(load(p + at), v, a), fma(load(q + at), v, b)
             c, d = fma(load(r + at), v, c), fma(load(s + at), v, d)

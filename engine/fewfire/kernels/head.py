@@ -19,7 +19,7 @@ from numba import types
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.codes import narrow
 from fewfire.kernels.compile import inline, primitive, step
-from fewfire.kernels.gather import SOON, ask_for_row
+from fewfire.kernels.gather import SOON
 from fewfire.kernels.layer import all_rows, pad, row_chunks
 from fewfire.kernels.pointwise import exp
 from fewfire.kernels.simd import (
@@ -113,10 +113,8 @@ def _exact_part(model, start, stop, least, x, ids, values, logits):
     for first in range(start, stop, 8):
         if first + 8 > stop or max_lane(load_f32x8(logits + 4 * first)) >= least:  # of most eights none is
             for token in range(first, min(first + 8, stop)):
-                if load_f32(logits + 4 * token) >= least:
-                    store_i32(ids + 4 * listed, token)
-                    ask_for_row(model.head + model.table_stride * token, model.table_stride)
-                    listed += 1
+                store_i32(ids + 4 * listed, token)
+                listed += load_f32(logits + 4 * token) >= least
         if listed > _LISTED - 8 or (first + 8 >= stop and listed > 0):
             _exact(model, ids, listed, x, values, logits)
             found, listed = found + listed, 0

@@ -117,26 +117,25 @@ def settle(builder, acc):
     return emit_settle(builder, LEVEL, acc)
 
 
-@instruction(i8x32, i8x32)
-def low_nibbles(builder, packed):
-    return builder.and_(packed, constant(I8, 32, 15))
+def _lowest(bits: int) -> Any:
+    @instruction(i8x32, i8x32)
+    def lowest(builder, packed):
+        return builder.and_(packed, constant(I8, 32, (1 << bits) - 1))
+
+    return lowest
 
 
-@instruction(i8x32, i8x32)
-def high_nibbles(builder, packed):
-    return builder.lshr(packed, constant(I8, 32, 4))
+def _without_lowest(bits: int) -> Any:
+    @instruction(i8x32, i8x32)
+    def without_lowest(builder, packed):
+        return builder.lshr(packed, constant(I8, 32, bits))
+
+    return without_lowest
 
 
-@instruction(i8x32, i8x32)
-def low_pairs(builder, packed):
-    """The lowest two bits of each byte."""
-    return builder.and_(packed, constant(I8, 32, 3))
-
-
-@instruction(i8x32, i8x32)
-def without_low_pairs(builder, packed):
-    """The other six, two places lower."""
-    return builder.lshr(packed, constant(I8, 32, 2))
+# The lowest four or two bits of each byte, and the others, as many places lower.
+low_nibbles, high_nibbles = _lowest(4), _without_lowest(4)
+low_pairs, without_low_pairs = _lowest(2), _without_lowest(2)
 
 
 @instruction(f32x8, types.intp)

@@ -307,6 +307,11 @@ def zeros_i32(builder):
     return constant(I32, 8, 0)
 
 
+@instruction(i32x8, i32x8, i32x8)
+def add_i32(builder, a, b):
+    return builder.add(a, b)
+
+
 @instruction(f32x8, f32x8, f32x8, f32x8)
 def fma(builder, a, b, c):
     """a * b + c, fused where the CPU can."""
@@ -434,11 +439,6 @@ def _add_lanes(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, low: list[int], 
     """Lanes `low` of two registers next to each other, and lanes `high` of them."""
     masks = (ir.Constant(ir.VectorType(I32, len(lanes)), lanes) for lanes in (low, high))
     return builder.fadd(*(builder.shuffle_vector(a, b, mask) for mask in masks))
-
-
-@instruction(i32x8, i32x8, i32x8)
-def add_i32(builder, a, b):
-    return builder.add(a, b)
 
 
 @instruction(f32x8, f32x8, f32x8)

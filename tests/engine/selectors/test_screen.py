@@ -13,29 +13,21 @@ from scipy import linalg
 
 from fewfire.model import Model
 from fewfire.observe import Observation, head_rows
-from fewfire.pack import pack
 from fewfire.packed import Packed, open_packed
 from fewfire.quantize import FORMATS
 from fewfire.selectors import Selection, screen
 from fewfire.selectors.fits import Fit
 from fewfire.selectors.parts import flatten, misfit
-from tiny import prompt, write_tiny
+from tiny import prompt
 
 PackedPath = Callable[[str, str], Path]
 WIDE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Packed]:
+@pytest.fixture
+def wide(shaped_path: Callable[..., Path]) -> Callable[[str], Packed]:
     """A model with more directions than a screen has, packed in a format."""
-    directory = tmp_path_factory.mktemp("wide")
-    source = write_tiny("llama", directory / "source", **WIDE)
-
-    def packed(weights: str) -> Packed:
-        out = directory / weights
-        return open_packed(out if out.exists() else pack(source, out, weights))
-
-    return packed
+    return lambda weights: open_packed(shaped_path(weights, **WIDE))
 
 
 def observation(states: np.ndarray) -> Observation:
