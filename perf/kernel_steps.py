@@ -53,10 +53,11 @@ def activate(random: Random, *, kind: int, count: int, row: int = 0, centred: bo
     special = np.array([0, -0.0, 1e-30, -1e-30, 90, -90, 3e4, -3e4, 1e15, -1e15, np.nan], np.float32)
     out.array[: min(count, special.size)] = special[:count]
     least = np.abs(random.standard_normal(3 * row, np.float32))
-    ids = random.permutation(3 * row)[:row].astype(np.int32)
-    least[ids[8:9]] = special[8]  # what equals its threshold is not over it
+    listed = random.permutation(3 * row)[:row].astype(np.int32)
+    ids = np.append(listed, listed[-1:].repeat(7))
+    least[listed[8:9]] = special[8]  # what equals its threshold is not over it
     centre = random.standard_normal(3 * row, np.float32) * np.float32(0.1)
-    centre[ids[:9]] = 0
+    centre[listed[:9]] = 0
     x = out.array.astype(np.float64)
     with np.errstate(over="ignore"):
         values = {
@@ -68,9 +69,9 @@ def activate(random: Random, *, kind: int, count: int, row: int = 0, centred: bo
     if kind in (pointwise.RELU, pointwise.RELU2):
         values = np.nan_to_num(values, nan=0.0, posinf=np.inf)
     if centred:
-        values = values - np.resize(centre[ids], count)
+        values = values - np.resize(centre[listed], count)
     if row:
-        values = np.where(np.abs(values) <= np.resize(least[ids], count), 0, values)
+        values = np.where(np.abs(values) <= np.resize(least[listed], count), 0, values)
     lists = centre.ctypes.data if centred else 0, least.ctypes.data if row else 0, ids.ctypes.data
     arguments = (kind, out.address, count, *lists, row)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -164,6 +166,8 @@ class Workspace(Buffers):
                 values=(threads, LIST),
             )
             self.point("candidates", aligned((threads, LIST), np.int32))
+        self.bytes = ctypes.c_int64()  # quicker to read than an array
+        self.number(bytes=ctypes.addressof(self.bytes))
         self.projected = np.zeros((c.num_hidden_layers, 3, COLUMN_CHUNKS), np.int64)
         self.point("projected", self.projected)
 

@@ -45,7 +45,7 @@ class KVCache(Buffers):
         self.capacity = capacity
         shape = (layers, heads, capacity, cell)
         self.keys, self.values = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
-        self.kept, self._next = np.zeros((layers, neurons), np.uint8), -1
+        self.kept, self._next, self._window = np.zeros((layers, neurons), np.uint8), -1, 1
         self.number(capacity=capacity)
         self.point("keys", self.keys)
         self.point("values", self.values)
@@ -54,6 +54,7 @@ class KVCache(Buffers):
         """A larger copy; only the first `used` positions matter."""
         layers, heads, _, cell = self.keys.shape
         larger = KVCache(layers, heads, capacity, cell, self.kept.shape[1])
+        larger._look_back(self._window)
         larger.kept[:], larger._next = self.kept, self._next
         larger.keys[:, :, :used] = self.keys[:, :, :used]
         larger.values[:, :, :used] = self.values[:, :, :used]
@@ -65,9 +66,15 @@ class KVCache(Buffers):
         If the token before it was not decoded just now, then of none, so that it does not matter what was read and
         taken back.
         """
-        if position % window == 0 or position != self._next:
-            self.kept[:] = 0
-        self._next = position + 1
+        if window != self._window:
+            self._look_back(window)
+        if window > 1:
+            if position % window == 0 or position != self._next:
+                self.kept[:] = 0
+            self._next = position + 1
+
+    def _look_back(self, window: int) -> None:
+        self._window, self._next = window, -1
         self.number(kept=self.kept.ctypes.data if window > 1 else 0)
 
 
@@ -175,7 +182,7 @@ class Engine:
             cache.keep(position, self._selection.window if self._selection else 1)
             self._team.run(
                 decode, self._model.record, self._layers.record, work.record, cache.record,
-                token, position, logits.ctypes.data, keep=(self, self._model, self._layers, work, cache, logits),
+                token, position, logits, keep=(self, self._model, self._layers, work, cache),
             )  # fmt: skip
             self._bytes = self._traffic.of(work)
             return self._bytes

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -24,6 +24,7 @@ from fewfire.progress import Progress, silent
 
 _HELD: weakref.WeakValueDictionary[tuple[int, ...], np.ndarray] = weakref.WeakValueDictionary()
 _LOCK = threading.Lock()
+_LINE = 64
 _PIECE = 1 << 25  # bytes of a file that one thread reads at a time
 _LONG = 1 << 30  # bytes that take long enough to say so
 _PAGES = Path("/sys/kernel/mm/transparent_hugepage")
@@ -57,19 +58,43 @@ def contents(file: BinaryIO, threads: int = 0, progress: Progress = silent) -> n
 
 def _held(file: BinaryIO, size: int, page: int, threads: int, progress: Progress) -> np.ndarray | None:
     """The bytes of a file in large pages; None if the system gives none."""
-    try:
-        pages = mmap.mmap(-1, (size // page + 2) * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:
+    data = _in_pages(size, page)
+    if data is None:
         return None
-    whole = np.frombuffer(pages, np.uint8)
-    data = whole[-whole.ctypes.data % page :][:size]
     with ThreadPoolExecutor(threads) as pool:
         for done in pool.map(lambda at: _read(file, data[at : at + _PIECE], at), range(0, size, _PIECE)):
             if size > _LONG:
                 progress("reading the model", done, size)
     data.flags.writeable = False
     return data
+
+
+def together(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Copies of arrays one after the other in large pages, as they are when they come from a file.
+
+    The arrays themselves where the system has no such pages or they would not fill one.
+    """
+    starts = np.cumsum([0, *(-(-array.nbytes // _LINE) * _LINE for array in arrays.values())]).tolist()
+    page = _large_page()
+    data = _in_pages(starts[-1], page) if 0 < page <= starts[-1] else None
+    if data is None:
+        return dict(arrays)
+    found = {}
+    for (name, array), start in zip(arrays.items(), starts, strict=False):
+        found[name] = data[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        found[name][...] = array
+    return found
+
+
+def _in_pages(size: int, page: int) -> np.ndarray | None:
+    """So many bytes in large pages; None if the system gives none."""
+    try:
+        pages = mmap.mmap(-1, (size // page + 2) * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        return None
+    whole = np.frombuffer(pages, np.uint8)
+    return whole[-whole.ctypes.data % page :][:size]
 
 
 def _read(file: BinaryIO, into: np.ndarray, at: int) -> int:

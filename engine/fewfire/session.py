@@ -38,23 +38,29 @@ class Session:
 
         Raises `ValueError` for no tokens or an id outside the vocabulary, `ContextFullError` if they do not fit.
         """
-        vocab = self.model.config.vocab_size
-        if not len(ids):
+        vocab, ids = self.model.config.vocab_size, [int(i) for i in ids]
+        if not ids:
             raise ValueError("there are no tokens to read")
         if min(ids) < 0 or max(ids) >= vocab:
             raise ValueError(f"token ids must be from 0 to {vocab - 1}")
         self._reserve(len(self.tokens) + len(ids))
-        engine = self.model.engine
+        if len(ids) == 1 and not prompt:
+            last = self._decode(ids[0], vocab)
+            return last[None] if all_logits else last
         logits = np.empty((len(ids) if all_logits else 1, vocab), np.float32)
         for start in range(0, len(ids), BATCH):
-            part, position = [int(i) for i in ids[start : start + BATCH]], len(self.tokens)
+            part = ids[start : start + BATCH]
             rows = logits[start : start + BATCH] if all_logits else logits
-            if len(ids) == 1 and not prompt:
-                self.bytes_read = engine.decode(part[0], position, self._cache, rows[0])
-            else:
-                engine.prefill(part, position, self._cache, rows)
+            self.model.engine.prefill(part, len(self.tokens), self._cache, rows)
             self.tokens.extend(part)
         return logits if all_logits else logits[0]
+
+    def _decode(self, token: int, vocab: int) -> np.ndarray:
+        """The logits after one more token. Short, because all that Python touches is out of the caches by now."""
+        logits = np.empty(vocab, np.float32)
+        self.bytes_read = self.model.engine.decode(token, len(self.tokens), self._cache, logits)
+        self.tokens.append(token)
+        return logits
 
     def rewind(self, n: int) -> None:
         """Keeps the first `n` tokens and forgets the rest. Raises `ValueError` if there are fewer."""

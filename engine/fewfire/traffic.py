@@ -20,26 +20,21 @@ class Traffic:
     """Of a model with a selection or none, given the records that the kernels get."""
 
     def __init__(self, packed: Packed, selection: Selection | None, model: np.void, layers: np.ndarray) -> None:
-        arrays, up = packed.arrays, int(model["down"])
+        arrays = packed.arrays
         head = arrays.get("head", arrays["embed"])[0]
         rows = sum(arrays[name][0].nbytes * int((layers[f"{name}_columns"] == 0).sum()) for name in ("qkv", "o"))
         predictor = layers["groups"] * layers["predictor_stride"] + layers["rank"] * layers["basis_stride"]
         rows += int(model["table_stride"]) * int(model["hidden"]) * int((layers["bypass"] != 0).sum())
         self._always = arrays["embed"].shape[2] + rows + int(predictor.sum()) + _NUMBER * _numbers(layers, selection)
-        self._neuron = np.array([arrays["gate"].shape[2], up, arrays["updown"].shape[2] - up])  # its three rows
-        self._exact = 0
         if model["screen"] == 0:
             self._always += head.nbytes
         else:
-            self._exact = head.shape[1]
-            self._always += (
-                len(head) * (int(model["screen_stride"]) + 2 * _NUMBER) + (int(model["screen_rank"]) + 1) * self._exact
-            )
+            screened = len(head) * (int(model["screen_stride"]) + 2 * _NUMBER)
+            self._always += screened + (int(model["screen_rank"]) + 1) * head.shape[1]
 
     def of(self, work: Workspace) -> int:
         """Bytes that the token which was decoded with these buffers read."""
-        neurons = int(work.read.sum(axis=(0, 1)) @ self._neuron)
-        return self._always + neurons + int(work.projected.sum()) + self._exact * int(work.exact.sum())
+        return self._always + work.bytes.value
 
 
 def _numbers(layers: np.ndarray, selection: Selection | None) -> int:

@@ -11,6 +11,7 @@ from fewfire.calibration import Calibration
 from fewfire.choosing import options
 from fewfire.costs import costs
 from fewfire.model import Model
+from fewfire.selectors.choices import Cost
 from fewfire.selectors.methods import KINDS
 
 
@@ -19,6 +20,6 @@ def test_a_flat_head_has_nothing_to_screen(model: Model) -> None:
             {"densities": 1.0, "errors": 0.0, "missed": 0.0, "margins": np.inf}.items()}  # fmt: skip
     with mock.patch.dict(KINDS, screen=KINDS["screen"]._replace(fit=lambda *_: dict(flat))):
         work = Calibration(model, tiny.PARAGRAPH * 6)
-        assert costs(work, "screen") == (0.0, 1.0)
+        assert costs(work, "screen") == Cost(0.0)
         (choice,) = options(work, "screen", timed=True)
     assert list(choice.settings) == [{"screen": 1.0}]

@@ -77,6 +77,29 @@ def test_a_file_is_held_once_as_long_as_it_is_in_use(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("roomy")
+def test_arrays_that_lie_together(random: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other in large pages, each from the beginning of a line; as they are where there are no such."""
+    shapes: tuple[tuple[type, tuple[int, ...]], ...] = (
+        (np.uint8, (3, 1_000_001)), (np.float32, (7,)), (np.int32, ()), (np.uint8, (0, 5)), (np.float32, (400, 33))
+    )  # fmt: skip
+    arrays = {str(i): (99 * random.random(shape)).astype(kind) for i, (kind, shape) in enumerate(shapes)}
+    found = memory.together(arrays)
+    assert found["0"].ctypes.data % LARGE == 0
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
+        assert found[name].flags.c_contiguous
+        assert found[name].ctypes.data % 64 == 0
+        found[name][...] = 0  # it is no view of the array
+        np.testing.assert_array_equal(array, arrays[name])
+    assert arrays["0"].any()
+    small = {"small": arrays["4"]}
+    assert memory.together(small)["small"] is small["small"]
+    monkeypatch.setattr(memory, "_large_page", lambda: 0)
+    assert memory.together(arrays)["0"] is arrays["0"]
+
+
+@pytest.mark.usefixtures("roomy")
 def test_a_file_that_is_cut_off_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path / "file", 2 * LARGE)
     read = os.preadv

@@ -32,7 +32,7 @@ from fewfire.kernels.layer import (
     row_chunks,
     set_rope,
 )
-from fewfire.kernels.neurons import neuron_chunk
+from fewfire.kernels.neurons import BYPASS_CHUNKS, bypass_chunk, neuron_chunk
 from fewfire.kernels.select import NEURON_CHUNKS
 from fewfire.kernels.simd import ask, call
 from fewfire.kernels.team import advance, finish, take, wait
@@ -138,15 +138,21 @@ def _put_out(model, team, phase, thread, weights, work, layer):
 def _fire(model, team, phase, thread, layers, work, cache, layer):
     """The neurons, the end of the FFN block; then the next layer's input, or the head's."""
     weights, x, hidden = layers[layer], work.x, work.hidden
-    kept, chunks = cache.kept + layer * model.neurons if cache.kept != 0 else ZERO, ZERO + NEURON_CHUNKS
+    kept = cache.kept + layer * model.neurons if cache.kept != 0 else ZERO
+    chunks = ZERO + NEURON_CHUNKS + (BYPASS_CHUNKS if weights.bypass != 0 else 0)
     while True:
         chunk = take(team, phase, thread, chunks)
         if chunk < 0:
             break
-        neuron_chunk(model, weights, work, layer, thread, chunk, kept)
+        if chunk < NEURON_CHUNKS:
+            neuron_chunk(model, weights, work, layer, thread, chunk, kept)
+        else:
+            bypass_chunk(model, weights, chunk - NEURON_CHUNKS, work.wide, work.delta)
         if finish(team, chunks):
             for part in range(1, NEURON_CHUNKS):
                 add_to(work.partial, work.partial + 4 * part * model.width, model.hidden)
+            if weights.bypass != 0:
+                add_to(work.partial, work.delta, model.hidden)
             add_block(model, hidden, work.partial, weights.down_bias, weights.ffn_post_norm)
             if layer + 1 < model.layers:
                 follower = layers[layer + 1]
@@ -157,7 +163,10 @@ def _fire(model, team, phase, thread, layers, work, cache, layer):
     return wait(team, phase)
 
 
-@kernel(types.int64[::1], _I, _I, records(MODEL), records(LAYER), records(WORK), records(CACHE), _I, _I, _I)
+_RECORDS = records(MODEL), records(LAYER), records(WORK), records(CACHE)
+
+
+@kernel(types.int64[::1], _I, _I, *_RECORDS, _I, _I, types.float32[::1])
 def decode(team, phase, thread, models, layers, works, caches, token, position, logits):
     """Logits `(vocab,)` of the token at `position`, whose key and value go into the cache.
 
@@ -178,6 +187,6 @@ def decode(team, phase, thread, models, layers, works, caches, token, position, 
             phase = ask(model.all_gates, (model, team, phase, thread, weights, work, layer))
         phase = _fire(model, team, phase, thread, layers, work, cache, layer)
     if model.screen != 0:
-        call(model.screened_logits, (model, team, phase, thread, work, logits))
+        call(model.screened_logits, (model, team, phase, thread, work, logits.ctypes.data))
     else:
-        all_logits(model, team, phase, thread, work, logits)
+        all_logits(model, team, phase, thread, work, logits.ctypes.data)

@@ -15,6 +15,7 @@ from fewfire.kernels.select import NEURON_CHUNKS, add_listed, candidates, gates,
 from fewfire.kernels.simd import ask, call, load_f32, load_i32, splat_f32, store_f32, store_f32x8, store_i32, store_i64
 from fewfire.kernels.work import A_LAYER, THE_MODEL
 
+BYPASS_CHUNKS = 4
 _STEP = BLOCK // 4  # of each quarter of a list, neurons that are scattered together
 
 
@@ -87,15 +88,11 @@ def scatter_kept(model, weights, kept, ids, gate, up, count, x, y, scratch):
 
 
 @inline
-def _begin_sum(model, weights, x, chunk, y):
-    """What the chunk's neurons are added to: its share of the rows of bypass times x, and zeros elsewhere."""
-    for i in range(0, 4 * model.width, 32):
-        store_f32x8(y + i, splat_f32(0.0))
-    if weights.bypass != 0:
-        start, stop = model.hidden * chunk // NEURON_CHUNKS, model.hidden * (chunk + 1) // NEURON_CHUNKS
-        rows, stride, count = model.every + 4 * start, model.table_stride, stop - start
-        matrix = weights.bypass, stride, rows, rows + 4 * SOON, stride
-        call(model.table_dot, (*matrix, count, 0, (count + 3) // 4, x, y + 4 * start))
+def bypass_chunk(model, weights, chunk, x, out):
+    """A chunk of the rows of bypass times x: a piece of each quarter of them (see `gather.py`)."""
+    rows, stride, quarter = model.every, model.table_stride, (model.hidden + 3) // 4
+    piece = quarter * chunk // BYPASS_CHUNKS, quarter * (chunk + 1) // BYPASS_CHUNKS
+    call(model.table_dot, (weights.bypass, stride, rows, rows + 4 * SOON, stride, model.hidden, *piece, x, out))
 
 
 @inline
@@ -107,7 +104,8 @@ def neuron_chunk(model, weights, work, layer, thread, chunk, kept):
     y, scratch, own = work.partial + 4 * chunk * model.width, work.factors + thread * work.factors_stride, 4 * thread
     ids, gate, up = work.ids + own * work.longest, work.gate + own * work.longest, work.up + own * work.longest
     block = work.block + 4 * own * BLOCK
-    _begin_sum(model, weights, work.wide, chunk, y)
+    for i in range(0, 4 * model.width, 32):
+        store_f32x8(y + i, splat_f32(0.0))
     met = candidates(model, weights, work, chunk, kept, ids, up, gate)
     size = met
     if size > 0:

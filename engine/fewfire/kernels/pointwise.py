@@ -18,10 +18,10 @@ from fewfire.kernels.simd import (
     copy_8_bytes,
     divide,
     fma,
+    listed_f32x8,
     load_f32,
     load_f32x8,
     load_i8x32,
-    load_i32,
     load_i64,
     max_lane,
     maximum,
@@ -38,6 +38,7 @@ from fewfire.kernels.simd import (
     sum_lanes,
     times_power_of_two,
     to_f32,
+    where_beyond,
     where_over,
     zeros_i32,
 )
@@ -75,7 +76,7 @@ def activate(kind, values, count, centre, least, ids, row):
     """values[:count] = act(values[:count]) less the centres; up to 7 elements past the end are overwritten.
 
     What is then not over its threshold becomes zero: `centre[ids[j]]` and `least[ids[j]]` are those of entry j of every
-    `row` entries. No centres: `centre` is 0. No thresholds: `least` is 0.
+    `row` entries, and `ids` goes on for up to 7 more. No centres: `centre` is 0. No thresholds: `least` is 0.
     """
     end = values + 4 * count
     if kind == SILU:
@@ -96,16 +97,13 @@ def activate(kind, values, count, centre, least, ids, row):
         for at in range(values, end, 32):
             store_f32x8(at, where_over(load_f32x8(at), splat_f32(0.0)))
     if centre != 0:
-        for j in range(row):
-            idle = load_f32(centre + 4 * load_i32(ids + 4 * j))
-            for at in range(values + 4 * j, end, 4 * row):
-                store_f32(at, load_f32(at) - idle)
+        for start in range(values, end, 4 * row):
+            for j in range(0, min(4 * row, end - start), 32):
+                store_f32x8(start + j, subtract(load_f32x8(start + j), listed_f32x8(centre, ids + j)))
     if least != 0:
-        for j in range(row):
-            threshold = load_f32(least + 4 * load_i32(ids + 4 * j))
-            for at in range(values + 4 * j, end, 4 * row):
-                value = load_f32(at)
-                store_f32(at, np.float32(0.0) if abs(value) <= threshold else value)
+        for start in range(values, end, 4 * row):
+            for j in range(0, min(4 * row, end - start), 32):
+                store_f32x8(start + j, where_beyond(load_f32x8(start + j), listed_f32x8(least, ids + j)))
 
 
 @primitive(_I, _I, types.float64, _I, _I)

@@ -195,6 +195,15 @@ def splat_f32_at(builder, address):
     return splat(builder, load(builder, address, F32), 8)
 
 
+@instruction(f32x8, types.intp, types.intp)
+def listed_f32x8(builder, base, ids):
+    """8 float32 of an array, those that 8 int32 at any alignment list."""
+    offsets = builder.shl(builder.sext(load(builder, ids, i32x8.llvm), ir.VectorType(I64, 8)), constant(I64, 8, 2))
+    addresses = builder.inttoptr(builder.add(splat(builder, base, 8), offsets), ir.VectorType(F32.as_pointer(), 8))
+    every, none = constant(ir.IntType(1), 8, 1), ir.Constant(f32x8.llvm, ir.Undefined)
+    return invoke(builder, "llvm.masked.gather.v8f32.v8p0", f32x8.llvm, addresses, ir.Constant(I32, 4), every, none)
+
+
 @instruction(types.void, types.intp, f32x8)
 def store_rounded_i8x8(builder, address, value):
     """8 signed bytes, rounded to nearest even; the values must lie between -127 and 127."""
@@ -365,6 +374,13 @@ def rint(builder, value):
 def where_over(builder, value, threshold):
     """Lanes over the threshold, zero elsewhere."""
     return builder.select(builder.fcmp_ordered(">", value, threshold), value, constant(F32, 8, 0.0))
+
+
+@instruction(f32x8, f32x8, f32x8)
+def where_beyond(builder, value, threshold):
+    """Lanes whose absolute value is over the threshold, and NaN; zero elsewhere."""
+    size = invoke(builder, "llvm.fabs.v8f32", f32x8.llvm, value)
+    return builder.select(builder.fcmp_ordered("<=", size, threshold), constant(F32, 8, 0.0), value)
 
 
 @instruction(f32x8, f32x8, f32x8)

@@ -18,12 +18,13 @@ from fewfire.kernels.layer import LAYER, MODEL, record
 # `reduced`, the same as int8; `affine` (3,), which makes logits of integers; of each of its HEAD_CHUNKS the `largest`
 # logit and the `totals` of exp(logit - largest); of each thread `candidates` int32 (LIST,) and their `values`. What was
 # read is counted, int64: gate, up and down rows in `read` (layers, NEURON_CHUNKS, 3); bytes of the columns of qkv, of
-# o, and of gate with up in `projected` (layers, 3, COLUMN_CHUNKS); rows of the head in `exact` (HEAD_CHUNKS,).
+# o, and of gate with up in `projected` (layers, 3, COLUMN_CHUNKS); rows of the head in `exact` (HEAD_CHUNKS,), 0 where
+# all are read; the bytes of all these in `bytes` (1,).
 WORK = record("""
     x wide attended joined hidden delta qkv query key parts parts_stride scores scores_stride partial cos sin
     ids gate up longest block factors factors_stride read
     hint hint_values gates ups least projected
-    reduced inner affine largest totals exact candidates values
+    reduced inner affine largest totals exact candidates values bytes
 """)
 
 # Arguments of the steps that are primitives, because only selections need them.

@@ -45,7 +45,12 @@ class Cost(NamedTuple):
     """What a kind costs a layer, or the head, wherever it leaves something out."""
 
     added: float  # in bytes, whatever the density
-    factor: float = 1.0  # for each byte that is still read
+    densities: tuple[float, ...] = ()  # at which was measured, rising,
+    factors: tuple[float, ...] = ()  # what each byte that is still read counts as; 1 where all are
+
+    def factor(self, density: np.ndarray) -> np.ndarray:
+        """What a byte counts as at a density, between the measured ones by interpolation."""
+        return np.interp(density, (*self.densities, 1.0), (*self.factors, 1.0))
 
 
 def governed_bytes(packed: Packed, kinds: Sequence[str]) -> int:
@@ -63,17 +68,18 @@ def in_bytes(packed: Packed, fits: Mapping[str, Sequence[Fit]]) -> dict[str, Cos
 
 
 def in_time(packed: Packed, kind: str, fits: Sequence[Fit], saved: Mapping[float, float]) -> Cost:
-    """The cost of a kind by what it saved at two densities, the same in all layers.
+    """The cost of a kind by what it saved at some densities, the same in all layers.
 
     saved: bytes that take as long when read in order, of a token, by density; negative where it was slower than dense.
+    What the kind reads in addition is read in order; all else that it takes counts for the rows that it leaves.
     """
-    field, whole = KINDS[kind].field, governed_bytes(packed, [kind])
-    low, high = sorted(saved)
-    read = {d: sum(float(_cost(packed, {field: np.array(d)}, {field: Cost(0)}, _firing([fit]))) for fit in fits)
-            for d in saved}  # fmt: skip
-    factor = min(max((saved[low] - saved[high]) / max(read[high] - read[low], 1e-9), 1.0), _DEAREST)
-    added = whole - (saved[low] + saved[high]) / 2 - factor * (read[low] + read[high]) / 2
-    return Cost(max(0.0, added / len(fits)), factor)
+    field, whole, added = KINDS[kind].field, governed_bytes(packed, [kind]), _added(packed, kind, fits)
+    factors = []
+    for density in sorted(saved):
+        read = [_cost(packed, {field: np.array(density)}, {field: Cost(0)}, _firing([fit])) for fit in fits]
+        taken = whole - saved[density] - added * len(fits)
+        factors.append(min(max(taken / float(sum(read)), 1.0), _DEAREST))
+    return Cost(added, tuple(sorted(saved)), tuple(factors))
 
 
 def _firing(fits: Iterable[Fit]) -> float:
@@ -153,12 +159,12 @@ def _cost(packed: Packed, densities: Mapping[str, np.ndarray], costs: Mapping[st
         factor: Any = 1.0
         for field in densities.keys() - column.keys():
             if name in _GOVERNS[field]:
-                some = (densities[field] < 1) | (firing < 1)
-                factor = np.maximum(factor, np.where(some, costs[field].factor, 1))
+                density = np.minimum(densities[field], firing if name in ("up", "down") else 1.0)
+                factor = np.maximum(factor, costs[field].factor(density))
         found = found + size[name] * share.get(name, every) * factor
     for field in column.keys() & densities.keys():
         rows, density = sum(size[name] for name in _GOVERNS[field]), densities[field]
-        by_columns = column[field] * density * costs[field].factor
+        by_columns = column[field] * density * costs[field].factor(density)
         found = found + np.where(density < 1, by_columns - rows, 0)  # rows are read when all are
     for field, cost in costs.items():
         found = found + np.where(densities[field] < 1, cost.added, 0)

@@ -115,43 +115,52 @@ def test_the_head_has_its_screen_to_pay_for(packed: Packed) -> None:
         assert damage == pytest.approx(np.interp(setting["screen"], [0.1, 0.5, 0.9, 1.0], [0.81, 0.25, 0.01, 0.0]))
 
 
-def test_time_is_learnt_from_two_densities(packed: Packed) -> None:
+def test_time_is_learnt_from_what_was_measured(packed: Packed) -> None:
     """Whatever reading out of order costs, the choices at the measured densities cost what was measured."""
     layers, random = packed.config.num_hidden_layers, np.random.default_rng(7)
     for kind in ("down", "gate", "top", "lowrank", "o", "screen"):
         count = 1 if KINDS[kind].part == "head" else layers
         whole = governed_bytes(packed, [kind])
-        slope, added = random.uniform(1.2, 3) * whole, random.uniform(0, 0.2) * whole
-        if kind == "o":
-            slope = 2 * slope  # a byte of columns must not seem cheaper than one of rows
-        saved = {density: whole - added - slope * density for density in (0.3, 0.6)}
         found = {kind: [{"densities": np.array([0.1, 1.0]), "errors": np.array([1.0, 0.0])}] * count}
-        cost = in_time(packed, kind, found[kind], saved)
-        assert cost.factor > 1
-        for choice in choices(packed, found, {kind: [1.0] * count}, {kind: cost}):
-            for each, setting in list(zip(choice.cost, choice.settings, strict=True))[1:]:
-                assert each * count == pytest.approx(added + slope * setting[kind])
-                assert each < choice.cost[0], "what is slower than dense is no choice"
+        meant = {kind: [1.0] * count}
+        read: dict[float, float] = {}
+        for choice in choices(packed, found, meant, in_bytes(packed, found)):
+            for each, setting in zip(choice.cost, choice.settings, strict=True):
+                read[setting[kind]] = read.get(setting[kind], 0) + each
+        added = in_bytes(packed, found)[kind].added * count
+        dearer = dict(zip((0.1, 0.3), random.uniform(1.05, 1.3, 2), strict=True))
+        took = {d: (read[d] - added) * more + added for d, more in dearer.items() if d in read}
+        cost = in_time(packed, kind, found[kind], {d: whole - t for d, t in took.items()})
+        assert cost.added == pytest.approx(added / count)
+        assert cost.factor(np.array(1.0)) == 1
+        spent: dict[float, float] = {}
+        for choice in choices(packed, found, meant, {kind: cost}):
+            for each, setting in zip(choice.cost, choice.settings, strict=True):
+                spent[setting[kind]] = spent.get(setting[kind], 0) + each
+                assert each <= choice.cost[0], "what is slower than dense is no choice"
+        assert set(spent) & set(took)
+        for density in set(spent) & set(took):
+            assert spent[density] == pytest.approx(took[density])
 
 
 def test_noise_does_not_make_rows_out_of_order_cheaper(packed: Packed) -> None:
-    cost = in_time(packed, "down", fits(packed, "down")["down"], {0.3: -5.0, 0.6: 900.0})
-    assert cost.factor == 1
-    assert cost.added >= 0
+    whole = governed_bytes(packed, ["down"])
+    cost = in_time(packed, "down", fits(packed, "down")["down"], {0.3: -5.0 * whole, 0.6: 9.0 * whole})
+    assert cost.factors[0] > 1 == cost.factors[1]
+    assert cost.factor(np.array([0.1, 0.8])).tolist() == [cost.factors[0], 1]
 
 
 def test_dear_rows_count_where_two_kinds_meet(packed: Packed) -> None:
     found = fits(packed, "gate", "down")
-    costs = {"gate": Cost(10.0, 1.5), "down": Cost(20.0, 2.0)}
+    costs = {"gate": Cost(10.0, (0.5,), (1.5,)), "down": Cost(20.0, (0.5,), (2.0,))}
     c, of = packed.config, packed.formats
     row, down = row_bytes(of.rows, c.hidden_size), row_bytes(of.down, c.hidden_size)
     up, n = row if c.gated else 0, c.intermediate_size
     for choice in choices(packed, found, weights(packed, "gate", "down"), costs):
         for cost, s in zip(choice.cost, choice.settings, strict=True):
-            gated, fewer = s["gate"] < 1, s["down"] < 1
-            factor = 2.0 if fewer else 1.5 if gated else 1.0
-            wanted = n * (up * s["gate"] * (1.5 if gated else 1) + down * min(s["gate"], s["down"]) * factor)
-            assert cost == pytest.approx(wanted + 10 * gated + 20 * fewer)
+            gate, fewer = (1 + more * min(1, 2 * (1 - s[k])) for k, more in (("gate", 0.5), ("down", 1.0)))
+            wanted = n * (up * s["gate"] * gate + down * min(s["gate"], s["down"]) * max(gate, fewer))
+            assert cost == pytest.approx(wanted + 10 * (s["gate"] < 1) + 20 * (s["down"] < 1))
 
 
 @pytest.mark.parametrize(("other", "share"), [("gate", 0.5), ("lowrank", 0.5), ("ffn", 1.0)])
