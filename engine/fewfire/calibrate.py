@@ -15,19 +15,15 @@ from typing import TYPE_CHECKING
 
 from fewfire import choosing
 from fewfire.calibration import Calibration
-from fewfire.costs import fastest
 from fewfire.errors import FewfireError
 from fewfire.progress import Progress, silent
 from fewfire.selectors import store
 from fewfire.selectors.methods import missed, parse, usual
 from fewfire.selectors.store import About
-from fewfire.trials import Trial, adjusted, scored, trial
+from fewfire.trials import Trial, adjusted, fastest, scored, trial
 
 if TYPE_CHECKING:
     from fewfire.model import Model
-
-
-_TRIED = 2  # methods, of those that keep a budget, at most
 
 
 def sample_text() -> str:
@@ -113,11 +109,10 @@ def check(method: str | None, density: float | None, budget: float | None) -> No
 
 
 def _within_budget(work: Calibration, methods: Sequence[str], budget: float) -> list[Trial]:
-    """For the likeliest methods that can keep the budget, `_TRIED` at most, the setting that should be fastest."""
+    """For each of the methods that can keep the budget, the setting that reads least."""
+    work.fit(methods)
     found, start = list[Trial](), math.log1p(budget)
-    for method in choosing.likely(work, methods, start):
-        if len(found) == _TRIED:
-            break
+    for method in methods:
         best = choosing.within(work, budget, method, start, f"trying {method}")
         if best is not None:
             tried, start = best  # damages are predicted too high or too low by about the same for the next method

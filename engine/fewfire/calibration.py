@@ -2,9 +2,9 @@
 
 Most of the sample is observed (`observe.py`), and for every layer the kinds of a method are fitted
 (`selectors/methods.py`): that says which share of a layer's output is lost at which density. `probes.py` measures what
-such a loss means to the predictions, `costs.py` what is saved in time, and `choosing.py` spreads a density over the
-parts of the model with these. The rest of the sample, which nothing was fitted to, says what it costs in the end
-(`trials.py`). `calibrate.py` puts them together.
+such a loss means to the predictions, and `choosing.py` spreads a density over the parts of the model with these. The
+rest of the sample, which nothing was fitted to, says what it costs in the end (`trials.py`). `calibrate.py` puts them
+together.
 
 Promises that a killed calibration, made again, goes on where it stopped and comes to the same result. Uses the engine
 alone, and changes what it selects: it is to be borrowed meanwhile (`Engine.borrowed`).

@@ -1,7 +1,7 @@
 """Choosing the densities of all parts of a model: for a share of the bytes, or for a budget of growing perplexity.
 
-What a fit says is lost, times what that means to the predictions (`probes.py`), against bytes or time (`costs.py`):
-`spread.py` finds the densities that do the least damage for it.
+What a fit says is lost, times what that means to the predictions (`probes.py`), against bytes: `spread.py` finds the
+densities that do the least damage for them.
 """
 
 from __future__ import annotations
@@ -12,25 +12,22 @@ from typing import Any
 from fewfire import spread as spreading
 from fewfire.budget import search
 from fewfire.calibration import Calibration, Densities
-from fewfire.costs import costs
 from fewfire.probes import weights
-from fewfire.selectors.choices import choices, governed_bytes, in_bytes
+from fewfire.selectors.choices import choices, governed_bytes
 from fewfire.selectors.methods import parse
 from fewfire.spread import Choice
 from fewfire.trials import Trial, scored, trial
 
 
-def options(work: Calibration, method: str, probed: bool = True, timed: bool = False) -> list[Choice]:
+def options(work: Calibration, method: str, probed: bool = True) -> list[Choice]:
     """What every part of the model has to choose from; the damage is in nats of KL divergence.
 
-    Not `probed`: an error of 1 in the output is as bad in one layer as in another (TEAL, 2408.14690). `timed`:
-    costs stand for time, else for bytes.
+    Not `probed`: an error of 1 in the output is as bad in one layer as in another (TEAL, 2408.14690).
     """
     work.fit([method])
     fits = {kind: work.fits(kind) for kind in parse(method).kinds}
     meant = {kind: weights(work, kind) if probed else [1.0] * len(fits[kind]) for kind in fits}
-    spent = {kind: costs(work, kind) for kind in fits} if timed else in_bytes(work.packed, fits)
-    return choices(work.packed, fits, meant, spent)
+    return choices(work.packed, fits, meant)
 
 
 def spread(work: Calibration, method: str) -> Callable[[float], Densities]:
@@ -52,23 +49,12 @@ def uniform(work: Calibration, method: str) -> Callable[[float], Densities]:
     return lambda share: {k: [max(share, float(fit["densities"][0])) for fit in v] for k, v in fits.items()}
 
 
-def likely(work: Calibration, methods: Sequence[str], limit: float) -> list[str]:
-    """The methods that should be fastest where so much damage is done, in nats, the fastest first."""
-    work.fit(methods)
-    cost = dict[str, float]()
-    for method in methods:
-        parts = options(work, method, timed=True)
-        governed = governed_bytes(work.packed, parse(method).kinds)
-        cost[method] = spreading.total_cost(parts, spreading.within_damage(parts, limit)) - governed
-    return sorted(methods, key=lambda method: cost[method])
-
-
 def within(work: Calibration, budget: float, method: str, start: float, stage: str) -> tuple[Trial, float] | None:
-    """The setting that should be fastest within a budget of growing perplexity, and its predicted damage.
+    """The setting that should read least within a budget of growing perplexity, and its predicted damage.
 
     start: the damage to begin with, in nats. None if nothing keeps the budget.
     """
-    parts = options(work, method, timed=True)
+    parts = options(work, method)
 
     def attempt(limit: float) -> tuple[tuple[Trial, float], float]:
         picked = _densities(parts, spreading.within_damage(parts, limit))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fewfire import damage
+import numpy as np
+
+from fewfire import damage, timing
 from fewfire.calibration import WORK, Calibration, Densities
+from fewfire.config import EXACT_ZEROS
 from fewfire.damage import Damage
 from fewfire.selectors.choices import governed_bytes
 from fewfire.selectors.methods import KINDS, parse
+from fewfire.selectors.selection import Selection
 from fewfire.windows import some
 
 _SCORED = 4096  # tokens that a trial decodes, at most
@@ -88,6 +92,22 @@ def adjusted(work: Calibration, method: str, density: float, pick: Callable[[flo
             break
         share *= density / max(found.density, 1e-3)
     return closest[1]
+
+
+def fastest(work: Calibration, trials: Sequence[Trial]) -> tuple[int, float, float]:
+    """The number of the fastest trial, how much faster than dense it decodes, and than without a calibration."""
+
+    def compute() -> list[float]:
+        selected = [work.selection(t.method, t.densities) for t in trials]
+        uncalibrated = Selection("exact")  # which is dense in models without exact zeros
+        return timing.side_by_side(work.model, [None, uncalibrated, *selected], work.held[0], work.progress)
+
+    key = "fastest " + "".join(f"{t.method} {digest(t.densities)} " for t in trials)
+    dense, uncalibrated, *times = work.notebook.number(key, compute)
+    best = int(np.argmin(times))
+    if work.packed.config.hidden_act not in EXACT_ZEROS:
+        uncalibrated = dense
+    return best, dense / times[best], uncalibrated / times[best]
 
 
 def digest(densities: Densities) -> str:

@@ -131,7 +131,7 @@ def test_a_failed_calibration_leaves_the_model_as_it_was(before: str, packed_pat
         calibrate(model, method="gate", density=0.4, text=TEXT)
     expected, read = decoded(model), model.engine.neurons_read()
     assert (read < model.config.intermediate_size).any()
-    failing = mock.patch("fewfire.costs.timing.side_by_side", side_effect=KeyboardInterrupt)
+    failing = mock.patch("fewfire.trials.timing.side_by_side", side_effect=KeyboardInterrupt)
     with failing, pytest.raises(KeyboardInterrupt):
         calibrate(model, method="down", density=0.9, text=TEXT)
     np.testing.assert_array_equal(decoded(model), expected)
@@ -202,19 +202,18 @@ def test_impossible_options(model: Model, options: dict, words: str) -> None:
         calibrate(model, **options)
 
 
-def test_methods_are_tried_until_two_keep_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The likeliest ones may be those that cannot keep it."""
-    tried, work = list[str](), mock.Mock(spec=Calibration)
+def test_all_methods_are_tried_that_can_keep_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each begins with the damage that the one before has ended with."""
+    starts, work = dict[str, float](), mock.Mock(spec=Calibration)
 
     def within(work: Calibration, budget: float, method: str, start: float, stage: str) -> tuple[str, float] | None:
-        tried.append(method)
-        return (method, start) if method in keeping else None
+        starts[method] = start
+        return (method, 2 * start) if method in keeping else None
 
-    monkeypatch.setattr(choosing, "likely", lambda work, methods, limit: sorted(methods))
     monkeypatch.setattr(choosing, "within", within)
-    keeping = {"c", "d", "e"}
-    assert _within_budget(work, "abcde", 0.01) == ["c", "d"]
-    assert tried == ["a", "b", "c", "d"]
+    keeping = {"b", "c"}
+    assert _within_budget(work, "abcd", 0.01) == ["b", "c"]
+    assert [s / starts["a"] for s in starts.values()] == [1, 1, 2, 4]
     keeping = set()
     with pytest.raises(FewfireError, match="no setting of a, b keeps perplexity within 1 %"):
         _within_budget(work, "ab", 0.01)

@@ -70,7 +70,7 @@ def test_damage_is_measured_against_what_runs_uncalibrated(
 ) -> None:
     """With a ReLU's zeros left out: sums in another order are no damage."""
     work = Calibration(Model(open_packed(packed_path(family, "q4")), 2), TEXT)
-    said = work.dense("said", work.held)
+    said = work.dense("read", work.held)
     down, c = work.model.engine.neurons_read()[:, 2].sum(), work.packed.config
     assert (down < c.num_hidden_layers * c.intermediate_size) == (family != "llama")
     work.model.engine.select(None)

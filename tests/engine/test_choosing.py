@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
+import numpy as np
+
 import tiny
 from fewfire import choosing
 from fewfire.calibration import Calibration
 from fewfire.model import Model
-from fewfire.selectors.methods import parse
+from fewfire.selectors.methods import KINDS, parse
 
 
 def test_baselines(model: Model) -> None:
@@ -16,3 +20,12 @@ def test_baselines(model: Model) -> None:
     greedy = choosing.greedy(work, "gate+down")(0.5)
     assert set(greedy) == set(parse("gate+down").kinds)
     assert all(len(each) == layers for each in greedy.values())
+
+
+def test_a_flat_head_has_nothing_to_screen(model: Model) -> None:
+    flat = {name: np.array([value]) for name, value in
+            {"densities": 1.0, "errors": 0.0, "missed": 0.0, "margins": np.inf}.items()}  # fmt: skip
+    with mock.patch.dict(KINDS, screen=KINDS["screen"]._replace(fit=lambda *_: dict(flat))):
+        work = Calibration(model, tiny.PARAGRAPH * 6)
+        (choice,) = choosing.options(work, "screen")
+    assert list(choice.settings) == [{"screen": 1.0}]

@@ -17,7 +17,7 @@ from fewfire.config import EXACT_ZEROS
 from fewfire.model import Model
 from fewfire.packed import open_packed
 from fewfire.quantize import row_bytes
-from fewfire.selectors.choices import in_bytes
+from fewfire.selectors.choices import added_bytes
 from fewfire.selectors.methods import KINDS, METHODS, Method, parse, selection
 from fewfire.selectors.selection import COLUMNS
 
@@ -72,7 +72,7 @@ def test_what_a_kind_adds_is_what_the_kernels_count(
         rows -= packed.arrays[field].nbytes if field in packed.arrays else 0  # gate and up count as neurons
     if field == "screen":
         rows -= packed.arrays["head"].nbytes - row_bytes(of.table, c.hidden_size) * int(model.engine._work.exact.sum())
-    assert model.engine.bytes_read() - rows == in_bytes(packed, {kind: fits})[kind].added * len(fits)
+    assert model.engine.bytes_read() - rows == added_bytes(packed, kind, fits) * len(fits)
 
 
 def decoded_again(model: Model) -> np.ndarray:

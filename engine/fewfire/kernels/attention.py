@@ -3,7 +3,8 @@
 One head's cache is `(positions, width)` in float32 or float16, width being head_dim padded to a multiple of 8. What
 a query finds in a range, its *part*, is `width + 8` floats: the values weighted with exp(score - largest), `largest`,
 and the sum of these weights. Parts are merged (online softmax, 1805.02867) in the order of the positions, and ranges
-depend on positions alone, so that results do not depend on who computed which.
+depend on positions alone, so that results do not depend on who computed which. While a range's keys meet the queries
+its values are asked for, and the keys behind (perf/LOG.md, "keys and values are asked for").
 """
 
 import numpy as np
@@ -19,6 +20,7 @@ from fewfire.kernels.simd import (
     load_f32x8,
     maximum,
     mul,
+    prefetch,
     splat_f32,
     store_f16x8,
     store_f32,
@@ -53,6 +55,7 @@ _FEW, _FULL = beside(1), beside(QUERIES)
 
 RANGE = 128  # positions, beginning at its multiples: 16 kB of f16 keys of 64 elements, half the first-level cache
 SCORES = QUERIES * (RANGE + 4)  # floats of scratch
+_AHEAD = 1024  # bytes of keys that are asked for ahead of time
 EVERYTHING = 1 << 40  # a window that hides nothing
 
 
@@ -96,8 +99,13 @@ def _attend(
     # The last keys are taken together with some before them, few keys one by one: the tile then has the same key
     # several times. So with the pieces of values.
     step, pitch = (at_once, row) if count >= at_once else (1, 0)
+    for at in range(0, _AHEAD, 64):
+        prefetch(keys + at)
     for p in range(0, count, step):
         p = min(p, count - step)
+        for at in range(p * row, (p + step) * row, 64):
+            prefetch(keys + at + _AHEAD)
+            prefetch(values + at)
         dots((query, stride, keys + p * row, pitch, width, scale, scores + 16 * p))
     _hide(scores, start, stop, last, window, queries)
     _softmax(scores, count)

@@ -2,14 +2,14 @@
 
 A layer's FFN is one part, with a density for each of a method's kinds in it; its attention has two, what comes before
 and what comes after; the output head is one. `spread.py` chooses. Costs are the bytes of the rows that a method may
-leave out, and of what it reads in addition: predictors, screens, thresholds. Where they are to stand for time, each
-byte of a row that is read out of order counts as the bytes in order that take as long.
+leave out, and of what it reads in addition: predictors, screens, thresholds. Bytes and not time: prices of time that
+were measured kind by kind scattered by more than they differ (perf/LOG.md, "what rows out of order cost, by density").
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +24,6 @@ _GRID = np.round(np.arange(0.05, 1.001, 0.025), 3)  # densities to choose from
 _COARSE = _GRID[::2]  # of a part that has three kinds or more
 _HEAD = 60  # densities of the head, which is the only one that a hundredth may be enough for
 _NUMBER = 4  # bytes of a threshold
-_DEAREST = 6.0  # that a byte of kept rows may seem: beyond that a measurement has failed
 
 #: What matrices each field of a selection leaves rows of out.
 _GOVERNS: dict[str, tuple[str, ...]] = {
@@ -41,18 +40,6 @@ _GOVERNS: dict[str, tuple[str, ...]] = {
 _TESTS = ("predictor", "top", "gate", "down")
 
 
-class Cost(NamedTuple):
-    """What a kind costs a layer, or the head, wherever it leaves something out."""
-
-    added: float  # in bytes, whatever the density
-    densities: tuple[float, ...] = ()  # at which was measured, rising,
-    factors: tuple[float, ...] = ()  # what each byte that is still read counts as; 1 where all are
-
-    def factor(self, density: np.ndarray) -> np.ndarray:
-        """What a byte counts as at a density, between the measured ones by interpolation."""
-        return np.interp(density, (*self.densities, 1.0), (*self.factors, 1.0))
-
-
 def governed_bytes(packed: Packed, kinds: Sequence[str]) -> int:
     """Bytes of all rows that these kinds may leave out: what their density is a share of."""
     size = _matrices(packed)
@@ -60,26 +47,6 @@ def governed_bytes(packed: Packed, kinds: Sequence[str]) -> int:
         size[name] * (1 if name == "head" else packed.config.num_hidden_layers)
         for name in {name for kind in kinds for name in _GOVERNS[KINDS[kind].field]}
     )
-
-
-def in_bytes(packed: Packed, fits: Mapping[str, Sequence[Fit]]) -> dict[str, Cost]:
-    """Costs by kind, where bytes are what counts."""
-    return {kind: Cost(_added(packed, kind, found)) for kind, found in fits.items()}
-
-
-def in_time(packed: Packed, kind: str, fits: Sequence[Fit], saved: Mapping[float, float]) -> Cost:
-    """The cost of a kind by what it saved at some densities, the same in all layers.
-
-    saved: bytes that take as long when read in order, of a token, by density; negative where it was slower than dense.
-    What the kind reads in addition is read in order; all else that it takes counts for the rows that it leaves.
-    """
-    field, whole, added = KINDS[kind].field, governed_bytes(packed, [kind]), _added(packed, kind, fits)
-    factors = []
-    for density in sorted(saved):
-        read = [_cost(packed, {field: np.array(density)}, {field: Cost(0)}, _firing([fit])) for fit in fits]
-        taken = whole - saved[density] - added * len(fits)
-        factors.append(min(max(taken / float(sum(read)), 1.0), _DEAREST))
-    return Cost(added, tuple(sorted(saved)), tuple(factors))
 
 
 def _firing(fits: Iterable[Fit]) -> float:
@@ -91,24 +58,23 @@ def choices(
     packed: Packed,
     fits: Mapping[str, Sequence[Fit]],
     weights: Mapping[str, Sequence[float]],
-    costs: Mapping[str, Cost],
 ) -> list[Choice]:
     """One choice for each part that the kinds decide about, in the order of the layers; settings are densities by kind.
 
-    fits: by kind and layer (the head is one layer); weights: damage done by an error of 1, by kind and layer; costs: by
-    kind. Only settings that no other one is better than are there, in falling order of cost: from everything kept on.
+    fits: by kind and layer (the head is one layer); weights: damage done by an error of 1, by kind and layer.
+    Only settings that no other one is better than are there, in falling order of cost: from everything kept on.
     """
     found = []
     for part in dict.fromkeys(KINDS[kind].part for kind in fits):
         inside = [kind for kind in fits if KINDS[kind].part == part]
-        spent = {KINDS[kind].field: costs[kind] for kind in inside}
+        added = {KINDS[kind].field: added_bytes(packed, kind, fits[kind]) for kind in inside}
         for layer in range(len(fits[inside[0]])):
             here = {kind: fits[kind][layer] for kind in inside}
             grids = dict(zip(here, np.meshgrid(*_axes(part, here), indexing="ij"), strict=True))
             damage = _joint({KINDS[k].field: weights[k][layer] * np.interp(d, here[k]["densities"], here[k]["errors"])
                              for k, d in grids.items()})  # fmt: skip
             asked = {KINDS[kind].field: density for kind, density in grids.items()}
-            cost = _cost(packed, asked, spent, _firing(here.values()))
+            cost = _cost(packed, asked, added, _firing(here.values()))
             found.append(_front(cost.reshape(-1), damage.reshape(-1), grids))
     return found
 
@@ -144,8 +110,8 @@ def _front(cost: np.ndarray, damage: np.ndarray, densities: Mapping[str, np.ndar
     return Choice(cost[chosen].astype(float), damage[chosen].astype(float), settings)
 
 
-def _cost(packed: Packed, densities: Mapping[str, np.ndarray], costs: Mapping[str, Cost], firing: float) -> np.ndarray:
-    """What a layer, or the head, costs at densities by field, of all that these fields decide about."""
+def _cost(packed: Packed, densities: Mapping[str, np.ndarray], added: Mapping[str, float], firing: float) -> np.ndarray:
+    """Bytes of a layer, or the head, at densities by field, of all that these fields decide about."""
     size, column, every = _matrices(packed), _columns(packed), np.ones(())
     predicted = densities.get("predictor", every)
     # At most so many pass two tests: they look for the same neurons, though not for quite the same.
@@ -156,18 +122,12 @@ def _cost(packed: Packed, densities: Mapping[str, np.ndarray], costs: Mapping[st
         share["head"] = densities["screen"]
     found = np.zeros(np.broadcast_shapes(*(each.shape for each in densities.values())))
     for name in {name for field in densities for name in _GOVERNS[field]}:
-        factor: Any = 1.0
-        for field in densities.keys() - column.keys():
-            if name in _GOVERNS[field]:
-                density = np.minimum(densities[field], firing if name in ("up", "down") else 1.0)
-                factor = np.maximum(factor, costs[field].factor(density))
-        found = found + size[name] * share.get(name, every) * factor
+        found = found + size[name] * share.get(name, every)
     for field in column.keys() & densities.keys():
         rows, density = sum(size[name] for name in _GOVERNS[field]), densities[field]
-        by_columns = column[field] * density * costs[field].factor(density)
-        found = found + np.where(density < 1, by_columns - rows, 0)  # rows are read when all are
-    for field, cost in costs.items():
-        found = found + np.where(densities[field] < 1, cost.added, 0)
+        found = found + np.where(density < 1, column[field] * density - rows, 0)  # rows are read when all are
+    for field, more in added.items():
+        found = found + np.where(densities[field] < 1, more, 0)
     return found
 
 
@@ -196,14 +156,14 @@ def _columns(packed: Packed) -> dict[str, int]:
     }
 
 
-def _added(packed: Packed, kind: str, fits: Sequence[Fit]) -> float:
+def added_bytes(packed: Packed, kind: str, fits: Sequence[Fit]) -> float:
     """Bytes that a layer reads in addition wherever the kind leaves something out: what `traffic.py` counts."""
     field, c = KINDS[kind].field, packed.config
     if field in ("gate", "down"):
         return _NUMBER * c.intermediate_size
     if field in COLUMNS:
         return _NUMBER * column_shape(c, field)[0]
-    if field == "top":
+    if field == "top" or len(fits[0]["densities"]) == 1:  # which keeps everything
         return 0
     filled = KINDS[kind].fill(packed, fits, [float(fit["densities"][0]) for fit in fits])
     return sum(array.nbytes for array in vars(filled).values() if isinstance(array, np.ndarray)) / len(fits)

@@ -87,8 +87,9 @@ METHODS: dict[str, tuple[str, ...]] = {
     "o": ("o",),
     "screen": ("screen",),
 }
-#: What is considered if no method is asked for. What one has, another need not repeat with less: each layer decides by
-#: itself whether a kind is worth its time there. See perf/LOG.md, "budgets are spread by time", for what is not here.
+#: What is tried if no method is asked for. Each spares as many bytes as it can, and the clock decides between them:
+#: more kinds read less, but not always in less time. What is not here, and why: perf/LOG.md, "budgets are spread by
+#: time" and "down rows after gates".
 _USUAL = ("gate+screen", "gate+down+o+screen")
 _USUAL_ZEROS = ("screen", "lowrank+screen", "lowrank+o+screen")  # of models that leave out zeros already
 _REUSE = re.compile(r"reuse-([1-9][0-9]{0,3})")

@@ -11,7 +11,7 @@ import pytest
 
 from fewfire.packed import Packed, open_packed
 from fewfire.quantize import row_bytes
-from fewfire.selectors.choices import Cost, choices, governed_bytes, in_bytes, in_time
+from fewfire.selectors.choices import choices, governed_bytes
 from fewfire.selectors.fits import Fit
 from fewfire.selectors.methods import KINDS, Kind
 from fewfire.spread import Choice
@@ -59,7 +59,7 @@ def weights(packed: Packed, *kinds: str) -> dict[str, list[float]]:
 
 def in_bytes_of(packed: Packed, *kinds: str) -> list[Choice]:
     found = fits(packed, *kinds)
-    return choices(packed, found, weights(packed, *kinds), in_bytes(packed, found))
+    return choices(packed, found, weights(packed, *kinds))
 
 
 @pytest.mark.parametrize(
@@ -115,60 +115,12 @@ def test_the_head_has_its_screen_to_pay_for(packed: Packed) -> None:
         assert damage == pytest.approx(np.interp(setting["screen"], [0.1, 0.5, 0.9, 1.0], [0.81, 0.25, 0.01, 0.0]))
 
 
-def test_time_is_learnt_from_what_was_measured(packed: Packed) -> None:
-    """Whatever reading out of order costs, the choices at the measured densities cost what was measured."""
-    layers, random = packed.config.num_hidden_layers, np.random.default_rng(7)
-    for kind in ("down", "gate", "top", "lowrank", "o", "screen"):
-        count = 1 if KINDS[kind].part == "head" else layers
-        whole = governed_bytes(packed, [kind])
-        found = {kind: [{"densities": np.array([0.1, 1.0]), "errors": np.array([1.0, 0.0])}] * count}
-        meant = {kind: [1.0] * count}
-        read: dict[float, float] = {}
-        for choice in choices(packed, found, meant, in_bytes(packed, found)):
-            for each, setting in zip(choice.cost, choice.settings, strict=True):
-                read[setting[kind]] = read.get(setting[kind], 0) + each
-        added = in_bytes(packed, found)[kind].added * count
-        dearer = dict(zip((0.1, 0.3), random.uniform(1.05, 1.3, 2), strict=True))
-        took = {d: (read[d] - added) * more + added for d, more in dearer.items() if d in read}
-        cost = in_time(packed, kind, found[kind], {d: whole - t for d, t in took.items()})
-        assert cost.added == pytest.approx(added / count)
-        assert cost.factor(np.array(1.0)) == 1
-        spent: dict[float, float] = {}
-        for choice in choices(packed, found, meant, {kind: cost}):
-            for each, setting in zip(choice.cost, choice.settings, strict=True):
-                spent[setting[kind]] = spent.get(setting[kind], 0) + each
-                assert each <= choice.cost[0], "what is slower than dense is no choice"
-        assert set(spent) & set(took)
-        for density in set(spent) & set(took):
-            assert spent[density] == pytest.approx(took[density])
-
-
-def test_noise_does_not_make_rows_out_of_order_cheaper(packed: Packed) -> None:
-    whole = governed_bytes(packed, ["down"])
-    cost = in_time(packed, "down", fits(packed, "down")["down"], {0.3: -5.0 * whole, 0.6: 9.0 * whole})
-    assert cost.factors[0] > 1 == cost.factors[1]
-    assert cost.factor(np.array([0.1, 0.8])).tolist() == [cost.factors[0], 1]
-
-
-def test_dear_rows_count_where_two_kinds_meet(packed: Packed) -> None:
-    found = fits(packed, "gate", "down")
-    costs = {"gate": Cost(10.0, (0.5,), (1.5,)), "down": Cost(20.0, (0.5,), (2.0,))}
-    c, of = packed.config, packed.formats
-    row, down = row_bytes(of.rows, c.hidden_size), row_bytes(of.down, c.hidden_size)
-    up, n = row if c.gated else 0, c.intermediate_size
-    for choice in choices(packed, found, weights(packed, "gate", "down"), costs):
-        for cost, s in zip(choice.cost, choice.settings, strict=True):
-            gate, fewer = (1 + more * min(1, 2 * (1 - s[k])) for k, more in (("gate", 0.5), ("down", 1.0)))
-            wanted = n * (up * s["gate"] * gate + down * min(s["gate"], s["down"]) * max(gate, fewer))
-            assert cost == pytest.approx(wanted + 10 * (s["gate"] < 1) + 20 * (s["down"] < 1))
-
-
 @pytest.mark.parametrize(("other", "share"), [("gate", 0.5), ("lowrank", 0.5), ("ffn", 1.0)])
 def test_what_two_tests_drop_is_not_lost_twice(packed: Packed, other: str, share: float) -> None:
     """Of the lesser damage half counts, but all of it beside columns, which are no test of neurons."""
     found = fits(packed, other, "down")
     found["down"] = [{**fit, "errors": fit["errors"] / 20} for fit in found["down"]]  # else it is worth nothing
-    for layer, choice in enumerate(choices(packed, found, weights(packed, other, "down"), in_bytes(packed, found))):
+    for layer, choice in enumerate(choices(packed, found, weights(packed, other, "down"))):
         for damage, s in zip(choice.damage, choice.settings, strict=True):
             both = np.array([np.interp(s[k], fit[0]["densities"], fit[0]["errors"]) for k, fit in found.items()])
             assert damage == pytest.approx((1 + layer) * (both.max() + share * both.min()))
@@ -183,7 +135,7 @@ def test_zeros_cost_nothing_at_any_density(packed: Packed) -> None:
     found = fits(packed, "lowrank")
     for fit in found["lowrank"]:
         fit["firing"] = np.array(0.3)
-    for choice in choices(packed, found, weights(packed, "lowrank"), in_bytes(packed, found)):
+    for choice in choices(packed, found, weights(packed, "lowrank")):
         for cost, s in zip(choice.cost, choice.settings, strict=True):
             fired = min(s["lowrank"], 0.3)
             wanted = c.intermediate_size * (row * s["lowrank"] + (row if c.gated else 0) * fired + down * fired)
