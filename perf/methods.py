@@ -75,7 +75,7 @@ class Bench:
     def rows(self, method: str, densities: Sequence[float], spread: str) -> list[Row]:
         """One method with one way to spread it, at several densities. Raises `ValueError` if it cannot be used."""
         points = self.judge.points(method, densities, getattr(choosing, spread)(self.work, method))
-        selections = [self.work.selection(method, point.densities) for point in points]
+        selections = [self.work.as_loaded(method, point.densities) for point in points]
         base, *seconds = timing.side_by_side(self.model, [None, *selections], self.judge.windows[0], progress)
         say("")
         return [

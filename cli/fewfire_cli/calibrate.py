@@ -61,8 +61,9 @@ def calibrate(
     """Chooses which weights MODEL leaves out, so that a token reads fewer of them.
 
     Either --density says how much is read, with a --method, or --budget how much worse the predictions may get; then
-    the fastest of all methods is taken unless one is named. The result is kept with the packed model and used from
-    then on by every command; --dense does without it. If it is interrupted, the same command goes on where it stopped.
+    the fastest of the usual methods is taken unless one is named. The result is kept with the packed model and used
+    from then on by every command; --dense does without it. If it is interrupted, the same command goes on where it
+    stopped.
 
     \b
     Methods, several of which can be joined with +:

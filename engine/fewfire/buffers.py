@@ -11,10 +11,10 @@ from fewfire.config import CENTRED, ModelConfig
 from fewfire.kernels.attention import RANGE, SCORES
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.columns import COLUMN_CHUNKS, longest_list
-from fewfire.kernels.head import HEAD_CHUNKS, LIST
+from fewfire.kernels.head import LIST
 from fewfire.kernels.prefill import BATCH, ROWS
 from fewfire.kernels.select import NEURON_CHUNKS, longest_chunk
-from fewfire.kernels.work import WORK
+from fewfire.kernels.work import HEAD_CHUNKS, WORK
 from fewfire.quantize import padded
 from fewfire.selectors.selection import COLUMNS, Selection, column_shape
 
@@ -67,7 +67,7 @@ class Buffers:
         self._owned: list[object] = []
 
     def number(self, **values: int) -> None:
-        """Sets fields that are not addresses."""
+        """Sets fields to numbers, or to addresses of what lives as long as this."""
         for name, value in values.items():
             self.record[name] = value
 

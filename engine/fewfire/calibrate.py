@@ -42,10 +42,10 @@ def calibrate(
 ) -> About:
     """Calibrates a model, writes the result next to its weights, and lets the model use it. Returns what was measured.
 
-    method: one of `selectors.methods.METHODS`, or several joined with "+"; None: with a budget, whatever is fastest.
-    density: the share of the bytes of the rows which the method may leave out that is to be read, on average, over 0
-    and at most 1. budget: by how much perplexity may grow, 0.01 for 1 %. Exactly one of the two. text: sample text of
-    the user's. The engine is borrowed meanwhile: sessions in other threads wait.
+    method: one of `selectors.methods.METHODS`, or several joined with "+"; None: with a budget, the fastest of
+    `selectors.methods.usual`. density: the share of the bytes of the rows which the method may leave out that is to be
+    read, on average, over 0 and at most 1. budget: by how much perplexity may grow, 0.01 for 1 %. Exactly one of the
+    two. text: sample text of the user's. The engine is borrowed meanwhile: sessions in other threads wait.
 
     Raises `ValueError` for an impossible option, a text that is too short, or a model that was trained with a
     selection, which would be lost; `FewfireError` if no setting keeps the budget, the model is being calibrated
@@ -87,7 +87,7 @@ def calibrate(
             missed=missed({kind: work.fits(kind) for kind in chosen.densities}, chosen.densities),
             tried=[{"method": t.method, "density": t.density, **t.measured} for t in trials],
         )
-        selected = work.selection(chosen.method, chosen.densities)
+        selected = work.as_loaded(chosen.method, chosen.densities)
         store.save(model.packed, selected, about)
         work.notebook.remove()
     model.engine.select(selected)

@@ -63,8 +63,8 @@ class KVCache(Buffers):
     def keep(self, position: int, window: int) -> None:
         """Prepares for the token at `position`: what is kept is that of the tokens before it in its window.
 
-        If the token before it was not decoded just now, then of none, so that it does not matter what was read and
-        taken back.
+        If the token before it was not decoded just now, or with another window, then of none, so that it does not
+        matter what was read and taken back.
         """
         if window != self._window:
             self._look_back(window)
@@ -74,8 +74,9 @@ class KVCache(Buffers):
             self._next = position + 1
 
     def _look_back(self, window: int) -> None:
-        self._window, self._next = window, -1
+        self._window, self._next = 0, -1  # so that it is done again if it is interrupted
         self.number(kept=self.kept.ctypes.data if window > 1 else 0)
+        self._window = window
 
 
 class Engine:
@@ -204,7 +205,7 @@ class Engine:
             batch = self._batch
             self._team.run(
                 prefill, self._model.record, self._layers.record, batch.record, cache.record,
-                ids, position, rows, out.ctypes.data, keep=(self, self._model, self._layers, batch, cache, out),
+                ids, position, rows, out, keep=(self, self._model, self._layers, batch, cache),
             )  # fmt: skip
         if out is not logits:
             logits[:] = out[rows - padding - len(logits) : rows - padding]

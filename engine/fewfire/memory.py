@@ -72,15 +72,16 @@ def _held(file: BinaryIO, size: int, page: int, threads: int, progress: Progress
 def together(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Copies of arrays one after the other in large pages, as they are when they come from a file.
 
-    The arrays themselves where the system has no such pages or they would not fill one.
+    The arrays themselves where the system has no such pages, they would not fill one, or they would take more than half
+    of the memory that is free.
     """
     starts = np.cumsum([0, *(-(-array.nbytes // _LINE) * _LINE for array in arrays.values())]).tolist()
     page = _large_page()
-    data = _in_pages(starts[-1], page) if 0 < page <= starts[-1] else None
+    data = _in_pages(starts[-1], page) if 0 < page <= starts[-1] <= _free() // 2 else None
     if data is None:
         return dict(arrays)
     found = {}
-    for (name, array), start in zip(arrays.items(), starts, strict=False):
+    for (name, array), start in zip(arrays.items(), starts[:-1], strict=True):
         found[name] = data[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
         found[name][...] = array
     return found

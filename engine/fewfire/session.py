@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -36,9 +37,10 @@ class Session:
         Several are read at once, with all weights. A single one is decoded, and what the model's selection leaves out
         is not read, unless it is a `prompt`, or what is left of one.
 
-        Raises `ValueError` for no tokens or an id outside the vocabulary, `ContextFullError` if they do not fit.
+        Raises `ValueError` for no tokens or an id outside the vocabulary, `TypeError` for what is not a whole number,
+        `ContextFullError` if they do not fit.
         """
-        vocab, ids = self.model.config.vocab_size, [int(i) for i in ids]
+        vocab, ids = self.model.config.vocab_size, [operator.index(i) for i in ids]
         if not ids:
             raise ValueError("there are no tokens to read")
         if min(ids) < 0 or max(ids) >= vocab:

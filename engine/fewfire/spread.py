@@ -1,7 +1,7 @@
 """Spreading a density: how much each part of a model keeps, so that little is read and little is lost.
 
 A model's parts (say, the gate threshold of layer 7) each have a choice of settings, of which each costs something
-(bytes to read, or time) and does damage. Damages of different parts add up, which holds as long as they are small;
+(bytes to read) and does damage. Damages of different parts add up, which holds as long as they are small;
 then the settings that do the least damage for their cost minimise `damage + price * cost` for some price, each part by
 itself (Everett 1963, generalized Lagrange multipliers; in compression: Shoham and Gersho 1988). Knows nothing of
 models.

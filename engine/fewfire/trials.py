@@ -1,4 +1,4 @@
-"""Trying a setting on the part of the sample that nothing was fitted to: what it costs, and what it really reads."""
+"""Trying settings on the part of the sample that nothing was fitted to: what each costs, reads, and takes of time."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def fastest(work: Calibration, trials: Sequence[Trial]) -> tuple[int, float, flo
     """The number of the fastest trial, how much faster than dense it decodes, and than without a calibration."""
 
     def compute() -> list[float]:
-        selected = [work.selection(t.method, t.densities) for t in trials]
+        selected = [work.as_loaded(t.method, t.densities) for t in trials]
         uncalibrated = Selection("exact")  # which is dense in models without exact zeros
         return timing.side_by_side(work.model, [None, uncalibrated, *selected], work.held[0], work.progress)
 

@@ -214,6 +214,7 @@ def test_all_methods_are_tried_that_can_keep_the_budget(monkeypatch: pytest.Monk
     keeping = {"b", "c"}
     assert _within_budget(work, "abcd", 0.01) == ["b", "c"]
     assert [s / starts["a"] for s in starts.values()] == [1, 1, 2, 4]
+    work.fit.assert_called_once_with("abcd")  # in one pass over the sample
     keeping = set()
     with pytest.raises(FewfireError, match="no setting of a, b keeps perplexity within 1 %"):
         _within_budget(work, "ab", 0.01)

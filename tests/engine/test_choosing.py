@@ -25,7 +25,8 @@ def test_baselines(model: Model) -> None:
 def test_a_flat_head_has_nothing_to_screen(model: Model) -> None:
     flat = {name: np.array([value]) for name, value in
             {"densities": 1.0, "errors": 0.0, "missed": 0.0, "margins": np.inf}.items()}  # fmt: skip
-    with mock.patch.dict(KINDS, screen=KINDS["screen"]._replace(fit=lambda *_: dict(flat))):
+    kind = KINDS["screen"]._replace(fit=lambda *_: dict(flat), fill=lambda *_: mock.Mock())
+    with mock.patch.dict(KINDS, screen=kind):
         work = Calibration(model, tiny.PARAGRAPH * 6)
         (choice,) = choosing.options(work, "screen")
     assert list(choice.settings) == [{"screen": 1.0}]

@@ -15,7 +15,7 @@ from scipy.special import logsumexp
 from decoding import decoded
 from fewfire import quantize
 from fewfire.engine import Engine
-from fewfire.kernels.head import HEAD_CHUNKS
+from fewfire.kernels.work import HEAD_CHUNKS
 from fewfire.model import Model
 from fewfire.observe import head_rows
 from fewfire.pack import pack

@@ -137,6 +137,33 @@ def test_what_is_kept_does_not_depend_on_what_was_taken_back(
     np.testing.assert_array_equal(session.feed(IDS[7:8]), other.feed(IDS[7:8]))
 
 
+def test_what_is_kept_is_forgotten_without_a_window(packed_path: PackedPath, random: np.random.Generator) -> None:
+    """Reuse, then nothing, then reuse again, whose second beginning Ctrl-C takes for a moment."""
+    model, alone = (Model(open_packed(packed_path("llama", "q4")), 1) for _ in range(2))
+    reuse = dataclasses.replace(selected(random, model.packed, "gate"), window=64)
+    session, other = model.session(), alone.session()
+    for number, token in enumerate(IDS[:12]):
+        if number in (0, 8):
+            model.engine.select(reuse)
+            alone.engine.select(reuse)
+        elif number == 4:
+            model.engine.select(None)
+            alone.engine.select(None)
+        if number == 8:
+            other = alone.session()
+            other.feed(IDS[:8], prompt=True)
+            for mine, its in ((other._cache.keys, session._cache.keys), (other._cache.values, session._cache.values)):
+                mine[...] = its
+            with (
+                patch.object(type(session._cache), "number", side_effect=KeyboardInterrupt),
+                pytest.raises(KeyboardInterrupt),
+            ):
+                session.feed([token])
+        np.testing.assert_array_equal(session.feed([token]), other.feed([token]))
+        if 4 <= number < 8:
+            assert session._cache.record["kept"][0] == 0
+
+
 def test_growing_a_cache_keeps_what_is_kept(packed_path: PackedPath, random: np.random.Generator) -> None:
     model = Model(open_packed(packed_path("llama", "q4")), 2)
     model.engine.select(dataclasses.replace(selected(random, model.packed, "gate"), window=64))

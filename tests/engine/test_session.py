@@ -6,6 +6,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -114,6 +115,14 @@ def test_impossible_tokens(model: Model, ids: list[int]) -> None:
     with pytest.raises(ValueError, match=f"no tokens|from 0 to {VOCAB_SIZE - 1}"):
         session.feed(ids)
     assert session.tokens == [4, 5]
+
+
+@pytest.mark.parametrize("ids", ["42", [1.5], [3, None]])
+def test_what_is_no_token(model: Model, ids: Any) -> None:
+    session = model.session()
+    with pytest.raises(TypeError, match="integer"):
+        session.feed(ids)
+    assert session.feed([np.int32(4)]).shape == (VOCAB_SIZE,)
 
 
 def test_caches_grow(long: Model) -> None:

@@ -18,12 +18,11 @@ from numba import types
 
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.codes import narrow
-from fewfire.kernels.columns import COLUMN_CHUNKS
 from fewfire.kernels.compile import inline, primitive, step
+from fewfire.kernels.counters import add_up
 from fewfire.kernels.gather import SOON
 from fewfire.kernels.layer import all_rows, pad, row_chunks
 from fewfire.kernels.pointwise import exp
-from fewfire.kernels.select import NEURON_CHUNKS
 from fewfire.kernels.simd import (
     add,
     call,
@@ -31,7 +30,6 @@ from fewfire.kernels.simd import (
     load_f32,
     load_f32x8,
     load_i32,
-    load_i64,
     max_lane,
     maximum,
     mul,
@@ -44,10 +42,9 @@ from fewfire.kernels.simd import (
     sum_lanes,
 )
 from fewfire.kernels.team import advance, finish, take, wait
-from fewfire.kernels.work import A_PHASE, THE_MODEL, THE_WORK
+from fewfire.kernels.work import A_PHASE, HEAD_CHUNKS, THE_MODEL, THE_WORK
 
 _HEAD_CHUNKS = 4  # times as many as for the rows of other matrices
-HEAD_CHUNKS = 32  # that the screened vocabulary is shared out in: a fixed number, which decides the order of additions
 _LISTED = 256  # candidates that are computed together
 LIST = _LISTED + BLOCK  # entries of a thread's list of candidates
 
@@ -125,20 +122,6 @@ def _exact_part(model, start, stop, least, x, ids, values, logits):
 
 
 @step
-def _sum_up(model, work):
-    """`work.bytes`: of all rows and columns that the token has read, as they were counted."""
-    gate, up, down = model.gate_stride, model.down, model.updown_stride - model.down
-    total = 0
-    for at in range(work.read, work.read + 24 * model.layers * NEURON_CHUNKS, 24):
-        total += gate * load_i64(at) + up * load_i64(at + 8) + down * load_i64(at + 16)
-    for at in range(work.projected, work.projected + 24 * model.layers * COLUMN_CHUNKS, 8):
-        total += load_i64(at)
-    for at in range(work.exact, work.exact + 8 * HEAD_CHUNKS, 8):
-        total += model.table_stride * load_i64(at)
-    store_i64(work.bytes, total)
-
-
-@step
 def all_logits(model, team, phase, thread, work, logits):
     """Logits `(vocab,)` of the final hidden state, all of them exact."""
     chunks = _HEAD_CHUNKS * row_chunks(team)
@@ -149,7 +132,7 @@ def all_logits(model, team, phase, thread, work, logits):
         matrix, size = (model.head, model.table_stride), model.vocab
         all_rows(model, team, model.table_dot, *matrix, size, chunk, chunks, work.x, logits)
         if finish(team, chunks):
-            _sum_up(model, work)
+            add_up(model, work)
             advance(team, phase)
     wait(team, phase)
 
@@ -193,6 +176,6 @@ def screened_logits(model, team, phase, thread, work, logits):
         start, stop = _part(model, chunk)
         store_i64(work.exact + 8 * chunk, _exact_part(model, start, stop, least, work.x, ids, values, logits))
         if finish(team, HEAD_CHUNKS):
-            _sum_up(model, work)
+            add_up(model, work)
             advance(team, phase)
     wait(team, phase)

@@ -2,7 +2,7 @@
 
 *Select* (`select.py`) lists the neurons that matter. *Gather* computes their up rows, *scatter* adds their down rows
 into the chunk's own y, if there are thresholds for them only of those whose |act(gate) * up| exceeds theirs (TEAL,
-2408.14690). Whatever is dropped is not read.
+2408.14690). Whatever is dropped is not read. Where activations have centres, chunks of the bypass come beside these.
 """
 
 from numba import types

@@ -76,7 +76,8 @@ def activate(kind, values, count, centre, least, ids, row):
     """values[:count] = act(values[:count]) less the centres; up to 7 elements past the end are overwritten.
 
     What is then not over its threshold becomes zero: `centre[ids[j]]` and `least[ids[j]]` are those of entry j of every
-    `row` entries, and `ids` goes on for up to 7 more. No centres: `centre` is 0. No thresholds: `least` is 0.
+    `row` entries, a multiple of 8 if there are several rows. `ids` goes on for up to 7 entries, whose centres and
+    thresholds are read, too. No centres: `centre` is 0. No thresholds: `least` is 0.
     """
     end = values + 4 * count
     if kind == SILU:

@@ -141,7 +141,7 @@ def _last_vectors(x, skipped, integer, out):
 
 @kernel(
     types.int64[::1], _I, _I, records(MODEL), records(LAYER), records(BATCH), records(CACHE),
-    types.int32[::1], _I, _I, _I,
+    types.int32[::1], _I, _I, types.float32[:, ::1],
 )  # fmt: skip
 def prefill(team, phase, thread, models, layers, batches, caches, tokens, position, rows, logits):
     """The tokens (int32) from `position` on; their keys and values go into the cache.
@@ -296,7 +296,7 @@ def prefill(team, phase, thread, models, layers, batches, caches, tokens, positi
             break
         start = _HEAD_ROWS * chunk
         part, matrix = min(model.vocab - start, _HEAD_ROWS), model.head + start * model.table_stride
-        out = logits + 4 * start
+        out = logits.ctypes.data + 4 * start
         call(model.table_tokens, (matrix, model.table_stride, part, wanted, rows, out, 4 * model.vocab))
         if finish(team, chunks):
             advance(team, phase)

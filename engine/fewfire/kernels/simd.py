@@ -379,8 +379,8 @@ def where_over(builder, value, threshold):
 @instruction(f32x8, f32x8, f32x8)
 def where_beyond(builder, value, threshold):
     """Lanes whose absolute value is over the threshold, and NaN; zero elsewhere."""
-    size = invoke(builder, "llvm.fabs.v8f32", f32x8.llvm, value)
-    return builder.select(builder.fcmp_ordered("<=", size, threshold), constant(F32, 8, 0.0), value)
+    within = builder.fcmp_ordered("<=", absolute.emit(builder, value), threshold)
+    return builder.select(within, constant(F32, 8, 0.0), value)
 
 
 @instruction(f32x8, f32x8, f32x8)

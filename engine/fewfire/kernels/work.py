@@ -5,6 +5,8 @@ from numba import types
 from fewfire.kernels.compile import one
 from fewfire.kernels.layer import LAYER, MODEL, record
 
+HEAD_CHUNKS = 32  # that the screened vocabulary is shared out in: a fixed number, which decides the order of additions
+
 # Float32 unless said: descriptors of `x` (hidden,), of `wide`, the same for rows in the tables' format, and `attended`,
 # whose values are `joined` (heads * head_dim,); the residual stream `hidden` and what a block adds to it, `delta`;
 # `query` (heads, head_width), `key` (head_width,); `parts` of the heads' attention, the ranges of one head so many

@@ -163,7 +163,7 @@ def added_bytes(packed: Packed, kind: str, fits: Sequence[Fit]) -> float:
         return _NUMBER * c.intermediate_size
     if field in COLUMNS:
         return _NUMBER * column_shape(c, field)[0]
-    if field == "top" or len(fits[0]["densities"]) == 1:  # which keeps everything
+    if field == "top":
         return 0
     filled = KINDS[kind].fill(packed, fits, [float(fit["densities"][0]) for fit in fits])
     return sum(array.nbytes for array in vars(filled).values() if isinstance(array, np.ndarray)) / len(fits)

@@ -124,7 +124,7 @@ def parse(name: str) -> Method:
 
 
 def usual(packed: Packed) -> tuple[str, ...]:
-    """The methods that are considered for a model if none is asked for."""
+    """The methods that are tried for a model if none is asked for."""
     return _USUAL_ZEROS if packed.config.hidden_act in EXACT_ZEROS else _USUAL
 
 
