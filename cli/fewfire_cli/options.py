@@ -52,7 +52,7 @@ def sampling_options(**defaults: Any) -> Callable[[F], F]:
 
     def decorate(f: F) -> F:
         f = option("--seed", int, "The same seed gives the same text.")(f)
-        f = option("--repetition-penalty", float, "Over 1 avoids what was said before.")(f)
+        f = option("--repetition-penalty", float, "Over 1 avoids what the answer has said already.")(f)
         f = option("--min-p", float, "Keep tokens this probable relative to the best.")(f)
         f = option("--top-p", float, "Keep the most probable tokens up to this share.")(f)
         f = option("--top-k", int, "Keep this many most probable tokens; 0: all.")(f)

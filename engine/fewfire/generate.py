@@ -204,15 +204,13 @@ class Stream(Iterator[Piece]):
 
     def _run(self) -> Generator[Piece]:  # a generator: the loop below is the whole of generation
         session, eos = self.session, self._model.config.eos_token_ids
-        history = list(self._ids)
         logits = self._feed_prompt()
         while True:
-            token = self._sampler.pick(logits, history)
+            token = self._sampler.pick(logits, self._tokens)
             if token in eos:
                 yield from self._end("stop", self._decoder.finish(), None)
                 return
             self._tokens.append(token)
-            history.append(token)
             text = self._decoder.push(token)
             if len(self._tokens) == self._max_tokens:
                 yield from self._end("length", text + self._decoder.finish(), token)

@@ -31,7 +31,7 @@ class Sampling:
     top_k: int = 0  # keep the k most probable; 0: all
     top_p: float = 1.0  # keep the fewest most probable that have this much probability together
     min_p: float = 0.0  # keep those at least this probable relative to the best one
-    repetition_penalty: float = 1.0  # CTRL (1909.05858): over 1 makes tokens seen before less likely
+    repetition_penalty: float = 1.0  # CTRL (1909.05858): over 1 makes tokens that were generated less likely
     seed: int | None = None  # the same seed gives the same text; None: different every time
 
     def __post_init__(self) -> None:
@@ -56,9 +56,12 @@ class Sampler:
         self.sampling = sampling
         self._rng = np.random.default_rng(sampling.seed)
 
-    def pick(self, logits: np.ndarray, history: Sequence[int] = ()) -> int:
-        """The next token id, given `(vocab,)` logits and every token so far (prompt included)."""
-        logits = penalised(logits, history, self.sampling.repetition_penalty)
+    def pick(self, logits: np.ndarray, generated: Sequence[int] = ()) -> int:
+        """The next token id, given `(vocab,)` logits and the tokens that were generated so far, without the prompt.
+
+        An answer needs the question's words (perf/LOG.md, "a repetition penalty on the answer alone").
+        """
+        logits = penalised(logits, generated, self.sampling.repetition_penalty)
         if self.sampling.greedy:
             best = int(np.argmax(logits))
             _check_finite(logits[best])
@@ -67,11 +70,11 @@ class Sampler:
         return int(ids[_draw(weights, self._rng.random())])
 
 
-def penalised(logits: np.ndarray, history: Sequence[int], penalty: float) -> np.ndarray:
+def penalised(logits: np.ndarray, generated: Sequence[int], penalty: float) -> np.ndarray:
     """The logits after the repetition penalty: a copy, but the same array where it changes nothing."""
-    if penalty == 1.0 or not len(history):
+    if penalty == 1.0 or not len(generated):
         return logits
-    seen = np.asarray(history, dtype=np.int64)  # repeats do no harm: each writes the same value
+    seen = np.asarray(generated, dtype=np.int64)  # repeats do no harm: each writes the same value
     scores = logits[seen]
     out = logits.copy()
     out[seen] = np.where(scores < 0, scores * penalty, scores / penalty)

@@ -162,10 +162,10 @@ def test_seed_reproduces_a_whole_text():
     assert draw(1) == draw(1) != draw(2)
 
 
-def test_penalty_sees_prompt_and_answer():
+def test_penalty_sees_the_answer_and_not_the_prompt():
     model = ScriptedModel([5, 5, 5], prompt=1)
-    result = complete(model, [5], sampling=Sampling(repetition_penalty=1e9), max_tokens=2)
-    assert result.token_ids == [0, 1]
+    result = complete(model, [5], sampling=Sampling(repetition_penalty=1e9), max_tokens=3)
+    assert result.token_ids == [5, 0, 1]
 
 
 def first_stop(text: str, stops: list[str]) -> str:
