@@ -24,7 +24,7 @@ from fewfire.progress import Progress, silent
 
 _HELD: weakref.WeakValueDictionary[tuple[int, ...], np.ndarray] = weakref.WeakValueDictionary()
 _LOCK = threading.Lock()
-_LINE = 64
+_LINE = 64  # bytes
 _PIECE = 1 << 25  # bytes of a file that one thread reads at a time
 _LONG = 1 << 30  # bytes that take long enough to say so
 _PAGES = Path("/sys/kernel/mm/transparent_hugepage")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from fewfire import calibration, probes, trials
 from fewfire.model import Model
 from fewfire.pack import pack
-from fewfire.packed import open_packed
+from fewfire.packed import Packed, open_packed
 from tiny import write_tiny
 
 PackedPath = Callable[[str, str], Path]
@@ -59,9 +60,20 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def model(packed_path: PackedPath, tmp_path: Path, quick: None) -> Model:
+def own_packed(packed_path: PackedPath, tmp_path: Path) -> Callable[[str, str], Packed]:
+    """`own_packed("opt", "q4")`: the same, opened, a copy of the test's own, to be calibrated or damaged."""
+
+    def own(family: str, weights: str) -> Packed:
+        copy = tempfile.mkdtemp(prefix="packed-", dir=tmp_path)
+        return open_packed(Path(shutil.copytree(packed_path(family, weights), copy, dirs_exist_ok=True)))
+
+    return own
+
+
+@pytest.fixture
+def model(own_packed: Callable[[str, str], Packed], quick: None) -> Model:
     """A tiny model of the test's own, to be calibrated."""
-    return Model(open_packed(Path(shutil.copytree(packed_path("llama", "q4"), tmp_path / "packed"))), 1)
+    return Model(own_packed("llama", "q4"), 1)
 
 
 @pytest.fixture(scope="session")

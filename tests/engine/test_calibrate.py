@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -103,9 +102,9 @@ def test_nothing_slower_is_kept(model: Model) -> None:
     assert store.about(model.packed) is None
 
 
-def test_exact_zeros_are_no_merit_of_a_calibration(packed_path: PackedPath, tmp_path: Path) -> None:
+def test_exact_zeros_are_no_merit_of_a_calibration(own_packed: Callable[[str, str], Packed]) -> None:
     """A selection must be faster than leaving out zeros, not only than dense."""
-    model = Model(open_packed(Path(shutil.copytree(packed_path("opt", "q4"), tmp_path / "packed"))), 1)
+    model = Model(own_packed("opt", "q4"), 1)
 
     def no_faster(model: Model, selections: Sequence[Selection | None], *rest: object) -> list[float]:
         return [1.0] + [0.5] * (len(selections) - 1)
@@ -124,9 +123,9 @@ def test_a_budget_that_nothing_keeps(model: Model) -> None:
 
 
 @pytest.mark.parametrize("before", ["calibrated", "exact"])
-def test_a_failed_calibration_leaves_the_model_as_it_was(before: str, packed_path: PackedPath, tmp_path: Path) -> None:
+def test_a_failed_calibration_leaves_the_model_as_it_was(before: str, own_packed: Callable[[str, str], Packed]) -> None:
     family = "llama-relu" if before == "exact" else "llama"
-    model = Model(open_packed(Path(shutil.copytree(packed_path(family, "q4"), tmp_path / "packed"))), 1)
+    model = Model(own_packed(family, "q4"), 1)
     if before == "calibrated":
         calibrate(model, method="gate", density=0.4, text=TEXT)
     expected, read = decoded(model), model.engine.neurons_read()
@@ -151,7 +150,7 @@ def test_sessions_in_other_threads_wait_for_a_borrowed_engine(model: Model) -> N
     np.testing.assert_array_equal(found[0], expected)
 
 
-def test_a_killed_calibration_goes_on(model: Model, packed_path: PackedPath, tmp_path: Path) -> None:
+def test_a_killed_calibration_goes_on(model: Model, own_packed: Callable[[str, str], Packed]) -> None:
     fit, seen = KINDS["gate"].fit, list[int]()
 
     def counted(packed: Packed, layer: Layer) -> dict[str, np.ndarray]:
@@ -167,7 +166,7 @@ def test_a_killed_calibration_goes_on(model: Model, packed_path: PackedPath, tmp
         seen.clear()
         about = calibrate(model, method="gate", density=0.5, text=TEXT)
     assert seen == [1, 2]
-    fresh = Model(open_packed(Path(shutil.copytree(packed_path("llama", "q4"), tmp_path / "fresh"))), 1)
+    fresh = Model(own_packed("llama", "q4"), 1)
     other = calibrate(fresh, method="gate", density=0.5, text=TEXT)
     assert (about.densities, about.growth) == (other.densities, other.growth)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -15,7 +13,7 @@ from fewfire import calibration, damage
 from fewfire.calibration import Calibration
 from fewfire.model import Model
 from fewfire.observe import Observation
-from fewfire.packed import Packed, open_packed
+from fewfire.packed import Packed
 from fewfire.probes import weights
 from fewfire.selectors.methods import KINDS, METHODS, Kind
 
@@ -67,10 +65,10 @@ def test_the_head_is_fitted_when_all_layers_were_seen(model: Model, monkeypatch:
 
 @pytest.mark.parametrize("family", ["llama", "llama-fatsilu", "llama-relu"])
 def test_damage_is_measured_against_what_runs_uncalibrated(
-    family: str, packed_path: Callable[[str, str], Path], tmp_path: Path
+    family: str, own_packed: Callable[[str, str], Packed]
 ) -> None:
     """With a ReLU's zeros left out: sums in another order are no damage."""
-    packed = open_packed(Path(shutil.copytree(packed_path(family, "q4"), tmp_path / "packed")))
+    packed = own_packed(family, "q4")
     work = Calibration(Model(packed, 2), TEXT)
     said = work.dense("said", work.held)
     down, c = work.model.engine.neurons_read()[:, 2].sum(), work.packed.config

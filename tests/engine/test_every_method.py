@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,21 +13,20 @@ from fewfire import calibration
 from fewfire.calibration import Calibration
 from fewfire.config import EXACT_ZEROS
 from fewfire.model import Model
-from fewfire.packed import open_packed
+from fewfire.packed import Packed
 from fewfire.quantize import row_bytes
 from fewfire.selectors.choices import added_bytes
 from fewfire.selectors.methods import KINDS, METHODS, Method, parse, selection
 from fewfire.selectors.selection import COLUMNS
 
-PackedPath = Callable[[str, str], Path]
 IDS = tiny.prompt(12)
 COMBINED = ("gate+down", "lowrank+gate+down+qkv+o+screen", "gate+reuse-4", "magnitude+screen")
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_every_method(family: str, packed_path: PackedPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_method(family: str, own_packed: Callable[[str, str], Packed], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_WINDOW", 64)
-    packed = open_packed(Path(shutil.copytree(packed_path(family, "q4"), tmp_path / "packed")))
+    packed = own_packed(family, "q4")
     model = Model(packed, 1, dense=True)
     dense, work, exact = (
         decoded(model, IDS),
@@ -54,10 +51,10 @@ def test_every_method(family: str, packed_path: PackedPath, tmp_path: Path, monk
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_what_a_kind_adds_is_what_the_kernels_count(
-    kind: str, packed_path: PackedPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, own_packed: Callable[[str, str], Packed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration, "_WINDOW", 64)
-    packed = open_packed(Path(shutil.copytree(packed_path("llama", "q4"), tmp_path / "packed")))
+    packed = own_packed("llama", "q4")
     model, c, of = Model(packed, 1, dense=True), packed.config, packed.formats
     work = Calibration(model, tiny.PARAGRAPH * 6)
     fits = work.fits(kind)

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 import tiny
 from fewfire.calibration import Calibration
 from fewfire.model import Model
-from fewfire.packed import open_packed
+from fewfire.packed import Packed
 from fewfire.probes import weights
 
 
 @pytest.mark.usefixtures("quick")
-def test_probes_of_a_model_that_is_sparse_by_itself_do_damage(
-    packed_path: Callable[[str, str], Path], tmp_path: Path
-) -> None:
+def test_probes_of_a_model_that_is_sparse_by_itself_do_damage(own_packed: Callable[[str, str], Packed]) -> None:
     """Leaving out what is zero anyway says nothing: probes leave out some of what fires."""
-    model = Model(open_packed(Path(shutil.copytree(packed_path("opt", "q4"), tmp_path / "packed"))), 1)
+    model = Model(own_packed("opt", "q4"), 1)
     work = Calibration(model, tiny.PARAGRAPH * 6)
     fits = work.fits("down")
     assert 0 < float(fits[0]["firing"]) < 0.95

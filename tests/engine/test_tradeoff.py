@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -16,7 +14,7 @@ from decoding import decoded
 from fewfire import calibration, choosing, damage
 from fewfire.calibration import Calibration
 from fewfire.model import Model
-from fewfire.packed import open_packed
+from fewfire.packed import Packed
 from fewfire.selectors import Selection, store
 from fewfire.tradeoff import Judge, tradeoff
 
@@ -24,10 +22,10 @@ TEXT = tiny.PARAGRAPH * 6
 
 
 @pytest.fixture
-def model(packed_path: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+def model(own_packed: Callable[[str, str], Packed], monkeypatch: pytest.MonkeyPatch) -> Model:
     """A model of the test's own."""
     monkeypatch.setattr(calibration, "_WINDOW", 64)
-    return Model(open_packed(Path(shutil.copytree(packed_path("llama", "q4"), tmp_path / "packed"))), 1, dense=True)
+    return Model(own_packed("llama", "q4"), 1, dense=True)
 
 
 def test_points(model: Model) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +11,7 @@ import tiny
 from fewfire import choosing, memory, timing
 from fewfire.calibration import Calibration
 from fewfire.model import Model
-from fewfire.packed import open_packed
+from fewfire.packed import Packed
 from fewfire.selectors.choices import governed_bytes
 from fewfire.selectors.parts import flatten
 from fewfire.selectors.selection import Selection
@@ -34,9 +32,9 @@ def test_a_bound_is_of_growth_with_its_error_and_of_the_harder_texts_divergence(
     assert Trial("gate", {}, 0.5, measured, worse_kl=0.03).bound == pytest.approx(math.expm1(0.03))
 
 
-def test_zeros_of_a_relu_are_no_share_of_the_head(packed_path: Callable[[str, str], Path], tmp_path: Path) -> None:
+def test_zeros_of_a_relu_are_no_share_of_the_head(own_packed: Callable[[str, str], Packed]) -> None:
     """But of the neurons, which other methods choose from."""
-    packed = open_packed(Path(shutil.copytree(packed_path("llama-relu", "q4"), tmp_path / "packed")))
+    packed = own_packed("llama-relu", "q4")
     work = Calibration(Model(packed, 2), tiny.PARAGRAPH * 6)
     head, whole = governed_bytes(work.packed, ["screen"]), work.packed.bytes_per_token()
     read = work.dense("said", work.held).read.mean()

@@ -11,6 +11,7 @@ import numpy as np
 from numba import types
 
 from fewfire.kernels.compile import inline, primitive
+from fewfire.kernels.gather import ask_for_row
 from fewfire.kernels.pointwise import exp
 from fewfire.kernels.simd import (
     add,
@@ -99,8 +100,7 @@ def _attend(
     # The last keys are taken together with some before them, few keys one by one: the tile then has the same key
     # several times. So with the pieces of values.
     step, pitch = (at_once, row) if count >= at_once else (1, 0)
-    for at in range(0, _AHEAD, 64):
-        prefetch(keys + at)
+    ask_for_row(keys, _AHEAD)
     for p in range(0, count, step):
         p = min(p, count - step)
         for at in range(p * row, (p + step) * row, 64):

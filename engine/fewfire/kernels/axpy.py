@@ -72,10 +72,7 @@ def _plan(size, count, blocks):
 
     How many pieces of a row there are in a block, and the bytes of a piece: whole rows, or a part of one.
     """
-    # Most blocks are full, and divided by a constant in no time.
-    pieces, parts = 1, max(1, blocks // BLOCK if count == BLOCK else blocks // count)
-    if blocks < count:
-        pieces = (count + blocks - 1) // blocks
+    pieces, parts = (count + blocks - 1) // blocks, max(1, blocks // count)
     return pieces, (size // parts + 63) // 64 * 64
 
 

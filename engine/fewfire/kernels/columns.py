@@ -11,13 +11,12 @@ from numba import types
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import inline, primitive
 from fewfire.kernels.gather import VALUES
-from fewfire.kernels.layer import add_to, begin_block, pad
+from fewfire.kernels.layer import add_to, begin_block, clear, pad
 from fewfire.kernels.simd import (
     call,
     load_f32,
     load_f32x8,
     load_i64,
-    splat_f32,
     store_f32,
     store_f32x8,
     store_i32,
@@ -70,8 +69,7 @@ def column_chunk(model, work, thread, layer, projection, chunk, columns, stride,
     width = (outputs + 63) // 64 * 64
     y = out if chunk == 0 else work.partial + 4 * (chunk - 1) * width
     ids, factors = work.ids + 4 * thread * work.longest, work.gate + 4 * thread * work.longest
-    for i in range(0, 4 * width, 32):
-        store_f32x8(y + i, splat_f32(0.0))
+    clear(y, width)
     size = _list_over(load_i64(x + VALUES), least, inputs, chunk, ids, factors)
     if size > 0:
         pad(ids, size)

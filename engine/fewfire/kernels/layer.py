@@ -136,6 +136,13 @@ def add_to(target, source, count):
 
 
 @inline
+def clear(target, count):
+    """target[:count] = 0, and up to 7 elements past the end."""
+    for i in range(0, 4 * count, 32):
+        store_f32x8(target + i, splat_f32(0.0))
+
+
+@inline
 def multiply_by(target, source, count):
     """target[:count] *= source[:count], and up to 7 elements past the end."""
     for i in range(0, 4 * count, 32):

@@ -10,12 +10,12 @@ from numba import types
 from fewfire.kernels.axpy import BLOCK
 from fewfire.kernels.compile import inline, primitive
 from fewfire.kernels.gather import SOON, begin_streams
-from fewfire.kernels.layer import begin_block, multiply_by, pad
+from fewfire.kernels.layer import begin_block, clear, multiply_by, pad
 from fewfire.kernels.select import NEURON_CHUNKS, add_listed, candidates, gates, keep_on
-from fewfire.kernels.simd import ask, call, load_f32, load_i32, splat_f32, store_f32, store_f32x8, store_i32, store_i64
+from fewfire.kernels.simd import ask, call, load_f32, load_i32, store_f32, store_i32, store_i64
 from fewfire.kernels.work import A_LAYER, THE_MODEL
 
-BYPASS_CHUNKS = 4
+BYPASS_CHUNKS = 4  # few, since streams begin anew with each that another thread takes
 _STEP = BLOCK // 4  # of each quarter of a list, neurons that are scattered together
 
 
@@ -104,8 +104,7 @@ def neuron_chunk(model, weights, work, layer, thread, chunk, kept):
     y, scratch, own = work.partial + 4 * chunk * model.width, work.factors + thread * work.factors_stride, 4 * thread
     ids, gate, up = work.ids + own * work.longest, work.gate + own * work.longest, work.up + own * work.longest
     block = work.block + 4 * own * BLOCK
-    for i in range(0, 4 * model.width, 32):
-        store_f32x8(y + i, splat_f32(0.0))
+    clear(y, model.width)
     met = candidates(model, weights, work, chunk, kept, ids, up, gate)
     size = met
     if size > 0:

@@ -28,9 +28,9 @@ ABOUT = About("gate", 0.5, {"gate": [0.5] * 3}, {"density": 0.5}, "own", 100, 0.
 
 
 @pytest.fixture
-def packed(packed_path: PackedPath, tmp_path: Path) -> Packed:
+def packed(own_packed: Callable[[str, str], Packed]) -> Packed:
     """A packed model of the test's own."""
-    return open_packed(Path(shutil.copytree(packed_path("llama", "q4"), tmp_path / "packed")))
+    return own_packed("llama", "q4")
 
 
 def gate(packed: Packed, value: float = 0.25) -> Selection:
@@ -117,8 +117,8 @@ def test_comes_back(packed: Packed, make: Callable[[Packed], Selection]) -> None
 
 
 @pytest.mark.parametrize("weights", quantize.FORMATS)
-def test_every_format(packed_path: PackedPath, tmp_path: Path, weights: str) -> None:
-    packed = open_packed(Path(shutil.copytree(packed_path("llama", weights), tmp_path / "packed")))
+def test_every_format(own_packed: Callable[[str, str], Packed], weights: str) -> None:
+    packed = own_packed("llama", weights)
     for saved in (everything(packed), by_columns(packed)):
         store.save(packed, saved, ABOUT)
         assert same(saved, store.load(packed))
